@@ -1,0 +1,34 @@
+"""DynaMMo for HuggingFace PEFT: image classifiers that learn new classes, at the cost of one forward pass.
+
+Importing the package registers the method `DYNAMMO` with PEFT.
+"""
+
+from .data import ClassIncrementalScenario, ExemplarMemory, Task, resized_image_processor
+from .evaluation import Cost, forward_cost
+from .methods import ACL, METHODS, AdapterMethodArguments, Dynammo, Joint, Method, MethodArguments, Stage
+from .training import Learner, Results
+from .tuner import DynammoConfig, DynammoModel
+from .version import __version__
+
+
+__all__ = [
+    "ACL",
+    "METHODS",
+    "AdapterMethodArguments",
+    "ClassIncrementalScenario",
+    "Cost",
+    "Dynammo",
+    "DynammoConfig",
+    "DynammoModel",
+    "ExemplarMemory",
+    "Joint",
+    "Learner",
+    "Method",
+    "MethodArguments",
+    "Results",
+    "Stage",
+    "Task",
+    "__version__",
+    "forward_cost",
+    "resized_image_processor",
+]

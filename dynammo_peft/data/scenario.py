@@ -1,0 +1,284 @@
+"""Tasks from a data set: which classes come when, and their images as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .transforms import BatchTransform, decode_images
+
+
+@dataclass(frozen=True)
+class LabelledImages(Dataset):
+    """Images and labels in memory.
+
+    Args:
+        images (`Tensor`): `(N, 3, H, W)`, `uint8`.
+        labels (`Tensor`): `(N,)`; a class's number is its place in the order in which classes are learned.
+        rows (`Tensor`): `(N,)`; which row of the original data set each image is.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        index = torch.as_tensor(indices)
+        return list(zip(self.images[index], self.labels[index]))
+
+    def select(self, index: Tensor) -> LabelledImages:
+        """The images at some places, or those for which a mask holds."""
+        return LabelledImages(self.images[index], self.labels[index], self.rows[index])
+
+    def of_classes(self, classes: Sequence[int]) -> LabelledImages:
+        """The images of some classes."""
+        return self.select(torch.isin(self.labels, torch.tensor(list(classes), dtype=self.labels.dtype)))
+
+    @staticmethod
+    def concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
+        """All images of several sets, in order."""
+        columns = zip(*((part.images, part.labels, part.rows) for part in parts))
+        return LabelledImages(*(torch.cat(column) for column in columns))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A group of classes that arrives together.
+
+    Args:
+        index (`int`): 0 for the first task.
+        class_names (`list[str]`): Its classes.
+        first_class (`int`): Number of the first of them; they are numbered on from it.
+        train (`LabelledImages`): Training images.
+        test (`LabelledImages`): Test images.
+    """
+
+    index: int
+    class_names: list[str]
+    first_class: int
+    train: LabelledImages
+    test: LabelledImages
+
+    @property
+    def classes(self) -> range:
+        """Numbers of its classes."""
+        return range(self.first_class, self.first_class + len(self.class_names))
+
+    @property
+    def seen_classes(self) -> int:
+        """Number of classes learned once this task is learned."""
+        return self.first_class + len(self.class_names)
+
+
+class ClassIncrementalScenario:
+    """
+    A sequence of tasks with new classes each, over any image data set with class labels.
+
+    Every image is decoded and resized once, when the scenario is made, so that a broken file is found before training.
+
+    Args:
+        train (`datasets.Dataset`): Training images.
+        test (`Optional[datasets.Dataset]`): Test images with the same label names; may be `None` if
+            `validation_fraction` is set.
+        image_processor (`BaseImageProcessor`): The backbone's image processor.
+        classes_per_task (`Optional[int]`): Classes in each task; the last may have fewer.
+        groups (`Optional[Sequence[Sequence[str]]]`): The class names of each task, instead of `classes_per_task`.
+        class_order (`Optional[Sequence[str]]`): Class names in the order of their arrival. If `None`, the order of the
+            labels, or a random one by `seed`.
+        seed (`Optional[int]`): Shuffles the class order (and draws the held-out images).
+        validation_fraction (`float`): If positive, this share of each class's training images is held out and takes
+            the place of `test`, which is then not read at all. For choosing settings.
+        image_column (`str`): Column of the images.
+        label_column (`str`): Column of the labels, a `ClassLabel`.
+        horizontal_flip (`bool`): Whether training images are mirrored left to right at random.
+        vertical_flip (`bool`): Whether training images are mirrored top to bottom at random.
+        crop_padding (`float`): Share of height and width by which training images are shifted at most.
+        progress (`bool`): Whether to show a progress bar while images are decoded.
+
+    Raises:
+        ValueError: If a column is missing or no class label, the tasks do not partition the classes, a task has no
+            images, or an image cannot be read.
+
+    Example:
+
+        ```py
+        >>> scenario = ClassIncrementalScenario(data["train"], data["test"], processor, classes_per_task=2, seed=0)
+        >>> [task.class_names for task in scenario]
+        [['monocyte', 'platelet'], ['basophil', 'erythroblast']]
+        ```
+    """
+
+    def __init__(
+        self,
+        train: datasets.Dataset,
+        test: Optional[datasets.Dataset],
+        image_processor: Any,
+        *,
+        classes_per_task: Optional[int] = None,
+        groups: Optional[Sequence[Sequence[str]]] = None,
+        class_order: Optional[Sequence[str]] = None,
+        seed: Optional[int] = None,
+        validation_fraction: float = 0.0,
+        image_column: str = "image",
+        label_column: str = "label",
+        horizontal_flip: bool = True,
+        vertical_flip: bool = False,
+        crop_padding: float = 0.125,
+        progress: bool = True,
+    ) -> None:
+        if not 0 <= validation_fraction < 1:
+            raise ValueError(f"validation_fraction={validation_fraction} must be at least 0 and less than 1.")
+        names = _label_names(train, image_column, label_column, "train")
+        if validation_fraction > 0:
+            train, test = _hold_out(train, label_column, validation_fraction, seed or 0)
+        elif test is None:
+            raise ValueError("There are no test images; give a test set, or hold some out by validation_fraction=0.2.")
+        elif _label_names(test, image_column, label_column, "test") != names:
+            raise ValueError(f"The classes of column {label_column!r} differ between train and test; make them equal.")
+        self.groups = _make_groups(names, classes_per_task, groups, class_order, seed)
+        self.class_names = [name for group in self.groups for name in group]
+        order = torch.tensor([self.class_names.index(name) if name in self.class_names else -1 for name in names])
+        train_labels, test_labels = (_new_labels(data, label_column, order) for data in (train, test))
+        self._check_all_tasks_have_images(train_labels, "train")
+        self._check_all_tasks_have_images(test_labels, "test")
+        self._train = _decode_known(train, train_labels, image_column, image_processor, progress, "training images")
+        self._test = _decode_known(test, test_labels, image_column, image_processor, progress, "test images")
+        self.transform = BatchTransform.from_image_processor(
+            image_processor, horizontal_flip=horizontal_flip, vertical_flip=vertical_flip, crop_padding=crop_padding
+        )
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Task:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Task {index} does not exist; there are {len(self)}.")
+        first = sum(len(group) for group in self.groups[:index])
+        classes = range(first, first + len(self.groups[index]))
+        return Task(
+            index=index,
+            class_names=list(self.groups[index]),
+            first_class=first,
+            train=self._train.of_classes(classes),
+            test=self._test.of_classes(classes),
+        )
+
+    def __iter__(self) -> Iterator[Task]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of all tasks."""
+        return len(self.class_names)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        return tuple(self._train.images.shape[2:])
+
+    def task_of_class(self) -> list[int]:
+        """The task of each class, in the order of the classes' numbers."""
+        return [index for index, group in enumerate(self.groups) for _ in group]
+
+    def _check_all_tasks_have_images(self, labels: Tensor, split: str) -> None:
+        present = set(labels.tolist())
+        for index, group in enumerate(self.groups):
+            missing = [name for name in group if self.class_names.index(name) not in present]
+            if missing:
+                raise ValueError(
+                    f"Task {index} has no {split} images of {', '.join(map(repr, missing))}; add images or take the "
+                    "class out of groups."
+                )
+
+
+def _label_names(dataset: datasets.Dataset, image_column: str, label_column: str, split: str) -> list[str]:
+    """Names of the classes, after both columns were checked."""
+    features = dataset.features
+    for column, option in ((image_column, "image_column"), (label_column, "label_column")):
+        if column not in features:
+            raise ValueError(
+                f"The {split} set has no column {column!r}; set {option} to one of {', '.join(map(repr, features))}."
+            )
+    if not isinstance(features[image_column], datasets.Image):
+        raise ValueError(
+            f"Column {image_column!r} of the {split} set is no Image but {type(features[image_column]).__name__}; "
+            "convert it by `dataset.cast_column(column, datasets.Image())`."
+        )
+    if not isinstance(features[label_column], datasets.ClassLabel):
+        raise ValueError(
+            f"Column {label_column!r} of the {split} set is no ClassLabel but "
+            f"{type(features[label_column]).__name__}; convert it by `dataset.class_encode_column({label_column!r})`."
+        )
+    return list(features[label_column].names)
+
+
+def _make_groups(
+    names: list[str],
+    classes_per_task: Optional[int],
+    groups: Optional[Sequence[Sequence[str]]],
+    class_order: Optional[Sequence[str]],
+    seed: Optional[int],
+) -> list[list[str]]:
+    """The class names of each task."""
+    if (classes_per_task is None) == (groups is None):
+        raise ValueError("Set either classes_per_task (a number) or groups (the class names of each task).")
+    if groups is not None:
+        if class_order is not None:
+            raise ValueError("groups gives the order of the classes already; leave class_order out.")
+        _check_names([name for group in groups for name in group], names, "groups")
+        for index, group in enumerate(groups):
+            if not group:
+                raise ValueError(f"Task {index} of groups has no classes, and so no images; take it out.")
+        return [list(group) for group in groups]
+    if classes_per_task < 1:
+        raise ValueError(f"classes_per_task={classes_per_task} must be at least 1.")
+    if class_order is not None:
+        _check_names(class_order, names, "class_order")
+        order = list(class_order)
+    elif seed is not None:
+        shuffled = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+        order = [names[index] for index in shuffled.tolist()]
+    else:
+        order = names
+    return [order[start : start + classes_per_task] for start in range(0, len(order), classes_per_task)]
+
+
+def _check_names(given: Sequence[str], names: list[str], option: str) -> None:
+    for position, name in enumerate(given):
+        if name not in names:
+            raise ValueError(f"{option} names the class {name!r}; the data set has {', '.join(map(repr, names))}.")
+        if name in given[:position]:
+            raise ValueError(f"{option} names the class {name!r} again, already learned before; name each class once.")
+
+
+def _hold_out(
+    train: datasets.Dataset, label_column: str, fraction: float, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Splits training images, class by class, into those that stay and those held out."""
+    parts = train.train_test_split(test_size=fraction, seed=seed, stratify_by_column=label_column)
+    return parts["train"], parts["test"]
+
+
+def _new_labels(dataset: datasets.Dataset, label_column: str, order: Tensor) -> Tensor:
+    """Each row's class by its place in the order of arrival, `(N,)`; -1 for a class that no task has."""
+    return order[torch.as_tensor(dataset[label_column][:])]
+
+
+def _decode_known(
+    dataset: datasets.Dataset, labels: Tensor, image_column: str, image_processor: Any, progress: bool, name: str
+) -> LabelledImages:
+    rows = torch.nonzero(labels >= 0).flatten()
+    images = decode_images(dataset.select(rows.tolist()), image_column, image_processor, progress, name)
+    return LabelledImages(images, labels[rows], rows)

@@ -1,0 +1,147 @@
+"""Images to tensors: decoded and resized once, augmented and normalised a batch at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Optional
+
+import datasets
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm.auto import tqdm
+
+
+def decode_images(
+    dataset: datasets.Dataset, column: str, image_processor: Any, progress: bool = True, name: str = "images"
+) -> Tensor:
+    """Decodes, converts to RGB, and resizes all images of a data set, in parallel.
+
+    Args:
+        dataset (`datasets.Dataset`): Has an image column.
+        column (`str`): Its name.
+        image_processor (`BaseImageProcessor`): A transformers image processor; resizes and crops.
+        progress (`bool`): Whether to show a progress bar.
+        name (`str`): What the progress bar calls the images.
+
+    Returns:
+        `Tensor`: `(N, 3, H, W)`, `uint8`.
+
+    Raises:
+        ValueError: If a file is missing or no image (with its path), or images come out in different sizes.
+    """
+    raw = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+    def load(index: int) -> Tensor:
+        return _decode(raw[index][column], index, image_processor)
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        bar = tqdm(pool.map(load, range(len(raw))), total=len(raw), desc=f"Decoding {name}", disable=not progress)
+        images = list(bar)
+    sizes = {tuple(image.shape[1:]) for image in images}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"Images come out in different sizes ({', '.join(f'{h}x{w}' for h, w in sorted(sizes)[:3])}, ...); use an "
+            "image processor that resizes to one height and width."
+        )
+    return torch.stack(images)
+
+
+def _decode(source: dict[str, Any], index: int, image_processor: Any) -> Tensor:
+    where = source["path"] or f"number {index}"
+    try:
+        with Image.open(BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"]) as file:
+            image = file.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"Image {where} cannot be read ({error}); repair or remove it.") from error
+    processed = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
+    pixels = processed["pixel_values"][0]
+    return pixels if pixels.dtype == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def resized_image_processor(image_processor: Any, image_size: int) -> Any:
+    """A copy of a transformers image processor that gives square images of `image_size` pixels."""
+    settings = image_processor.to_dict()
+    square = {"height": image_size, "width": image_size}
+    settings["size"] = {"shortest_edge": image_size} if image_processor.size.shortest_edge else square
+    if settings.get("crop_size") is not None:
+        settings["crop_size"] = square
+    return type(image_processor).from_dict(settings)
+
+
+@dataclass(frozen=True)
+class BatchTransform:
+    """Flips, crops and normalises a batch of `uint8` images on the device it is on.
+
+    Args:
+        mean (`Sequence[float]`): Mean of each channel after scaling to 0..1.
+        std (`Sequence[float]`): Standard deviation of each channel.
+        horizontal_flip (`bool`): Whether to mirror half of the images left to right.
+        vertical_flip (`bool`): Whether to mirror half of the images top to bottom (cells and tissue have no top).
+        crop_padding (`float`): Images are padded by reflection by this share of their height and width and cropped
+            back at a random place.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    horizontal_flip: bool = True
+    vertical_flip: bool = False
+    crop_padding: float = 0.125
+
+    @classmethod
+    def from_image_processor(cls, image_processor: Any, **augmentation: Any) -> BatchTransform:
+        """Normalises as `image_processor` would."""
+        if not getattr(image_processor, "do_normalize", True):
+            return cls(mean=(0.0,) * 3, std=(1.0,) * 3, **augmentation)
+        return cls(mean=image_processor.image_mean, std=image_processor.image_std, **augmentation)
+
+    def __call__(self, images: Tensor, augment: bool = False, generator: Optional[torch.Generator] = None) -> Tensor:
+        """
+        Args:
+            images (`Tensor`): `(B, 3, H, W)`, `uint8`.
+            augment (`bool`): Whether to flip and crop at random; otherwise only normalises.
+            generator (`Optional[torch.Generator]`): Source of randomness on the CPU; PyTorch's own if `None`.
+
+        Returns:
+            `Tensor`: `(B, 3, H, W)`, `float32`.
+        """
+        if augment:
+            images = self._augment(images, generator)
+        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1) * 255
+        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1) * 255
+        return (images.float() - mean) / std
+
+    def _augment(self, images: Tensor, generator: Optional[torch.Generator]) -> Tensor:
+        batch, channels, height, width = images.shape
+        rows = _offsets(batch, height, self.crop_padding, generator)
+        columns = _offsets(batch, width, self.crop_padding, generator)
+        if self.vertical_flip:
+            rows = _flip_some(rows, generator)
+        if self.horizontal_flip:
+            columns = _flip_some(columns, generator)
+        rows, columns = _reflect(rows, height).to(images.device), _reflect(columns, width).to(images.device)
+        index = torch.arange(batch, device=images.device)[:, None, None, None]
+        planes = torch.arange(channels, device=images.device)[None, :, None, None]
+        return images[index, planes, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _offsets(batch: int, length: int, padding: float, generator: Optional[torch.Generator]) -> Tensor:
+    """Which pixel stands where after a random shift, `(batch, length)`; may lie outside the image."""
+    reach = round(length * padding)
+    shift = torch.randint(-reach, reach + 1, (batch, 1), generator=generator)
+    return torch.arange(length)[None, :] + shift
+
+
+def _flip_some(index: Tensor, generator: Optional[torch.Generator]) -> Tensor:
+    flip = torch.rand(len(index), 1, generator=generator) < 0.5
+    return torch.where(flip, index.flip(1), index)
+
+
+def _reflect(index: Tensor, length: int) -> Tensor:
+    """Indices beyond an edge, mirrored at it."""
+    index = index.abs()
+    return torch.where(index >= length, 2 * (length - 1) - index, index).clamp(0, length - 1)

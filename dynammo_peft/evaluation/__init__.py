@@ -1,0 +1,25 @@
+from .cost import Cost, forward_cost
+from .metrics import (
+    METRICS,
+    AccuracyMatrix,
+    AverageIncrementalAccuracy,
+    BackwardTransfer,
+    ClassIncrementalMetric,
+    Forgetting,
+    LastAccuracy,
+    MeanClassRecall,
+)
+
+
+__all__ = [
+    "METRICS",
+    "AccuracyMatrix",
+    "AverageIncrementalAccuracy",
+    "BackwardTransfer",
+    "ClassIncrementalMetric",
+    "Cost",
+    "Forgetting",
+    "LastAccuracy",
+    "MeanClassRecall",
+    "forward_cost",
+]

@@ -1,0 +1,185 @@
+"""Measures of class-incremental learning, as functions of an accuracy matrix and as `evaluate` metrics.
+
+Row i of the accuracy matrix is measured after task i, column j on the test images of task j; what lies above the
+diagonal, tasks not learned yet, is not a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def accuracy_matrix(
+    predictions: ArrayLike, references: ArrayLike, after_task: ArrayLike, task_of_class: Sequence[int]
+) -> NDArray[np.float64]:
+    """
+    Args:
+        predictions (`ArrayLike`): Predicted classes, `(N,)`.
+        references (`ArrayLike`): True classes, `(N,)`.
+        after_task (`ArrayLike`): After which task each prediction was made, `(N,)`.
+        task_of_class (`Sequence[int]`): The task of each class.
+
+    Returns:
+        `NDArray`: `(T, T)`, accuracies from 0 to 1.
+    """
+    predictions, references, after_task = map(np.asarray, (predictions, references, after_task))
+    tasks = np.asarray(task_of_class)[references]
+    count = int(max(task_of_class)) + 1
+    matrix = np.full((count, count), np.nan)
+    for i in range(count):
+        for j in range(i + 1):
+            chosen = (after_task == i) & (tasks == j)
+            if chosen.any():
+                matrix[i, j] = np.mean(predictions[chosen] == references[chosen])
+    return matrix
+
+
+def incremental_accuracies(matrix: ArrayLike, counts: ArrayLike) -> NDArray[np.float64]:
+    """Accuracy on all classes seen, after each task, `(T,)`; `counts` are the test images of each task, `(T,)`."""
+    matrix, counts = np.asarray(matrix, dtype=float), np.asarray(counts, dtype=float)
+    return np.array([np.average(row[: i + 1], weights=counts[: i + 1]) for i, row in enumerate(matrix)])
+
+
+def last_accuracy(matrix: ArrayLike, counts: ArrayLike) -> float:
+    """Accuracy on all classes after the last task."""
+    return float(incremental_accuracies(matrix, counts)[-1])
+
+
+def average_incremental_accuracy(matrix: ArrayLike, counts: ArrayLike) -> float:
+    """Mean over tasks of the accuracy on all classes seen (Rebuffi et al. 2017, section 4)."""
+    return float(incremental_accuracies(matrix, counts).mean())
+
+
+def forgetting(matrix: ArrayLike) -> float:
+    """Mean over all tasks but the last of the best accuracy before the last task, minus that after it.
+
+    Chaudhry et al. 2018, "Riemannian Walk for Incremental Learning", section 5. 0 for a single task.
+    """
+    matrix = np.asarray(matrix, dtype=float)
+    if len(matrix) == 1:
+        return 0.0
+    best = np.nanmax(matrix[:-1, :-1], axis=0)
+    return float(np.mean(best - matrix[-1, :-1]))
+
+
+def backward_transfer(matrix: ArrayLike) -> float:
+    """Mean over all tasks but the last of the last accuracy minus that right after the task; negative if forgotten.
+
+    Lopez-Paz and Ranzato 2017, "Gradient Episodic Memory", equation 3. 0 for a single task.
+    """
+    matrix = np.asarray(matrix, dtype=float)
+    if len(matrix) == 1:
+        return 0.0
+    return float(np.mean(matrix[-1, :-1] - np.diag(matrix)[:-1]))
+
+
+def mean_class_recall(predictions: ArrayLike, references: ArrayLike) -> float:
+    """Mean over the classes in `references` of the share of their images that are recognised."""
+    predictions, references = np.asarray(predictions), np.asarray(references)
+    return float(np.mean([np.mean(predictions[references == label] == label) for label in np.unique(references)]))
+
+
+class ClassIncrementalMetric(evaluate.Metric):
+    """
+    A metric over the predictions made after every task; needs no download.
+
+    Add predictions on the test images of all classes seen, after each task, then compute:
+
+    ```py
+    >>> metric = LastAccuracy()
+    >>> metric.add_batch(predictions=[0, 1, 1, 2], references=[0, 1, 1, 1], after_task=[0, 0, 1, 1])
+    >>> metric.compute(task_of_class=[0, 0, 1])
+    {'last_accuracy': 0.5}
+    ```
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(keep_in_memory=True, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        integer = datasets.Value("int64")
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "",
+            citation="",
+            inputs_description="predictions, references: classes; after_task: the task after which they were made.",
+            features=datasets.Features({"predictions": integer, "references": integer, "after_task": integer}),
+        )
+
+    def _compute(
+        self,
+        predictions: Sequence[int],
+        references: Sequence[int],
+        after_task: Sequence[int],
+        task_of_class: Sequence[int],
+    ) -> dict[str, Any]:
+        matrix = accuracy_matrix(predictions, references, after_task, task_of_class)
+        last = np.asarray(after_task) == np.max(after_task)
+        tasks = np.asarray(task_of_class)[np.asarray(references)[last]]
+        learned = int(np.max(after_task)) + 1
+        return self._measure(
+            matrix[:learned, :learned],
+            np.bincount(tasks, minlength=learned),
+            np.asarray(predictions)[last],
+            np.asarray(references)[last],
+        )
+
+    def _measure(self, matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class AccuracyMatrix(ClassIncrementalMetric):
+    """Accuracy after task i on the test images of task j."""
+
+    def _measure(self, matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+        return {"accuracy_matrix": [[float(value) for value in row[: i + 1]] for i, row in enumerate(matrix)]}
+
+
+class LastAccuracy(ClassIncrementalMetric):
+    """Accuracy on all classes after the last task."""
+
+    def _measure(self, matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+        return {"last_accuracy": last_accuracy(matrix, counts)}
+
+
+class AverageIncrementalAccuracy(ClassIncrementalMetric):
+    """Mean over tasks of the accuracy on all classes seen."""
+
+    def _measure(self, matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+        return {"average_incremental_accuracy": average_incremental_accuracy(matrix, counts)}
+
+
+class Forgetting(ClassIncrementalMetric):
+    """How much accuracy the tasks before the last have lost since their best."""
+
+    def _measure(self, matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+        return {"forgetting": forgetting(matrix)}
+
+
+class BackwardTransfer(ClassIncrementalMetric):
+    """How much accuracy the tasks before the last have gained since they were learned."""
+
+    def _measure(self, matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+        return {"backward_transfer": backward_transfer(matrix)}
+
+
+class MeanClassRecall(ClassIncrementalMetric):
+    """Mean recall of all classes after the last task."""
+
+    def _measure(self, matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+        return {"mean_class_recall": mean_class_recall(predictions, references)}
+
+
+METRICS: tuple[type[ClassIncrementalMetric], ...] = (
+    AccuracyMatrix,
+    LastAccuracy,
+    AverageIncrementalAccuracy,
+    Forgetting,
+    BackwardTransfer,
+    MeanClassRecall,
+)

@@ -1,0 +1,57 @@
+"""ACL: adapter learning without merging (Zhang et al. 2023, https://arxiv.org/abs/2304.09042)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Task
+from ..tuner.heads import score_heads
+from .adapters import TwoStageMethod
+from .base import Stage
+
+
+class SideBySide(nn.Module):
+    """One linear head for each adapter, each on its own features."""
+
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(B, T, C)`, the features under each adapter, to the raw logits of all heads, `(B, sum of n_t + 1)`."""
+        return torch.cat([head(part) for head, part in zip(self.heads, features.unbind(1))], dim=1)
+
+
+class ACL(TwoStageMethod):
+    """
+    Each head reads the features under its own task's adapter: as many forward passes as tasks.
+
+    The accuracy reference of DynaMMo, which derives from it.
+
+    Args:
+        model (`PreTrainedModel`): The pretrained image classifier.
+        arguments (`AdapterMethodArguments`): Options of the training.
+        config (`Optional[DynammoConfig]`): The adapters' configuration; its `classes` are filled in.
+    """
+
+    name = "acl"
+
+    def learn(self, task: Task) -> Iterator[Stage]:
+        yield from self.train_adapter(task)
+        self.memory.update(task.train, self.features(task.train, self.adapters[-1]))
+        if task.index > 0:
+            balanced = self.memory.images()
+            features = torch.stack([self.features(balanced, name) for name in self.adapters], dim=1)
+            heads = SideBySide([self.model.head.dynammo_head[name] for name in self.adapters])
+            yield from self.train_heads(heads, features, balanced.labels)
+
+    def logits(self, images: Tensor) -> Tensor:
+        parts = []
+        with self.model.head_output("logits"):
+            for name in self.adapters:
+                self.model.set_adapter(name, inference_mode=True)
+                parts.append(self.model(pixel_values=images).logits)
+        return score_heads(torch.cat(parts, dim=1), self.head_sizes, self.config.scoring)

@@ -1,0 +1,177 @@
+"""What ACL and DynaMMo share: an adapter and a head a task, and an exemplar memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal, Optional
+
+from accelerate import Accelerator
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from transformers import PreTrainedModel
+
+from ..data import ClassIncrementalScenario, ExemplarMemory, LabelledImages, Task
+from ..data.memory import Selection
+from ..tuner import DynammoConfig
+from ..tuner.config import check_choice
+from ..tuner.heads import grouped_logits, head_targets, heads_loss
+from .base import Method, MethodArguments, Optimization, Optimizer, Schedule, Stage
+
+
+AdapterInit = Literal["previous", "first", "random"]
+
+
+@dataclass
+class AdapterMethodArguments(MethodArguments):
+    """Options of the methods that train an adapter and a head for each task."""
+
+    memory_size: int = field(default=200, metadata={"help": "Exemplars kept of all classes together."})
+    selection: Selection = field(default="herding", metadata={"help": "How exemplars are chosen."})
+    adapter_init: AdapterInit = field(
+        default="previous", metadata={"help": "Whose copy a new task's adapter starts as, if not 'random'."}
+    )
+    train_backbone: bool = field(
+        default=False, metadata={"help": "Train the backbone in the first task too, then freeze it."}
+    )
+    adapter_optimizer: Optimizer = field(default="adamw", metadata={"help": "Stage 1: optimizer."})
+    adapter_learning_rate: float = field(default=2e-3, metadata={"help": "Stage 1: learning rate."})
+    adapter_weight_decay: float = field(default=5e-4, metadata={"help": "Stage 1: weight decay."})
+    adapter_epochs: int = field(default=10, metadata={"help": "Stage 1: passes over the task's images."})
+    adapter_batch_size: int = field(default=32, metadata={"help": "Stage 1: images a step and process."})
+    adapter_schedule: Schedule = field(default="cosine", metadata={"help": "Stage 1: learning rate schedule."})
+    adapter_milestones: list[float] = field(
+        default_factory=lambda: [0.35, 0.65, 0.85],
+        metadata={"help": "Stage 1: shares of the stage after which the schedule 'step' multiplies by 0.1."},
+    )
+    head_optimizer: Optimizer = field(default="adam", metadata={"help": "Stage 2: optimizer."})
+    head_learning_rate: float = field(default=1e-3, metadata={"help": "Stage 2: learning rate."})
+    head_weight_decay: float = field(default=0.0, metadata={"help": "Stage 2: weight decay."})
+    head_epochs: int = field(default=50, metadata={"help": "Stage 2: passes over the balanced set's features."})
+    head_batch_size: int = field(default=32, metadata={"help": "Stage 2: features a step and process."})
+    head_schedule: Schedule = field(default="cosine", metadata={"help": "Stage 2: learning rate schedule."})
+    head_milestones: list[float] = field(
+        default_factory=lambda: [0.55, 0.8],
+        metadata={"help": "Stage 2: shares of the stage after which the schedule 'step' multiplies by 0.1."},
+    )
+
+    def optimization(self, stage: Literal["adapter", "head"]) -> Optimization:
+        """The options whose names begin with `stage`."""
+        names = ("optimizer", "learning_rate", "weight_decay", "epochs", "batch_size", "schedule", "milestones")
+        return Optimization(**{name: getattr(self, f"{stage}_{name}") for name in names})
+
+
+class AdapterMethod(Method):
+    """
+    A method that adds adapters to a frozen backbone.
+
+    Args:
+        model (`PreTrainedModel`): The pretrained image classifier.
+        arguments (`AdapterMethodArguments`): Options of the training.
+        config (`Optional[DynammoConfig]`): The adapters' configuration; its `classes` are filled in.
+    """
+
+    arguments_cls = AdapterMethodArguments
+    arguments: AdapterMethodArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: Optional[AdapterMethodArguments] = None,
+        config: Optional[DynammoConfig] = None,
+    ) -> None:
+        super().__init__(model, arguments)
+        self.config = config if config is not None else DynammoConfig()
+        self.adapters: list[str] = []
+        check_choice("adapter_init", self.arguments.adapter_init, AdapterInit)
+        self.optimization = {stage: self.arguments.optimization(stage) for stage in ("adapter", "head")}
+
+    def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
+        super().begin(scenario, accelerator)
+        self.config = replace(self.config, image_size=list(scenario.image_size))
+
+    def add_adapter(self, name: str, class_names: list[str]) -> None:
+        """A new adapter with a fresh head, its convolutions copied from an earlier one; made active.
+
+        The first adapter's backbone is trained with it if `train_backbone` is set (first-session adaptation).
+        """
+        config = replace(self.config, classes=[class_names])
+        if isinstance(self.model, PeftModel):
+            self._check_new_classes(class_names)
+            self.model.add_adapter(name, config)
+        else:
+            self.model = get_peft_model(self.model, config, name)
+        if self.adapters and self.arguments.adapter_init != "random":
+            source = self.adapters[-1 if self.arguments.adapter_init == "previous" else 0]
+            self.model.copy_adapter(source, name)
+        self.adapters.append(name)
+        self.model.set_adapter(name)
+
+    @property
+    def head_sizes(self) -> tuple[int, ...]:
+        """Number of classes of each adapter's head."""
+        return tuple(len(self.model.peft_config[name].class_names) for name in self.adapters)
+
+    def _check_new_classes(self, class_names: list[str]) -> None:
+        known = {known for name in self.adapters for known in self.model.peft_config[name].class_names}
+        for class_name in class_names:
+            if class_name in known:
+                raise ValueError(f"Class {class_name!r} was learned already; a task brings new classes.")
+
+
+class TwoStageMethod(AdapterMethod):
+    """
+    Stage 1 trains a new adapter and head on the task's images, with all exemplars as "others"; stage 2 all heads on
+    the exemplars (Zhang et al. 2023; Qazi et al. 2024).
+
+    Args:
+        model (`PreTrainedModel`): The pretrained image classifier.
+        arguments (`AdapterMethodArguments`): Options of the training.
+        config (`Optional[DynammoConfig]`): The adapters' configuration; its `classes` are filled in.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: Optional[AdapterMethodArguments] = None,
+        config: Optional[DynammoConfig] = None,
+    ) -> None:
+        super().__init__(model, arguments, config)
+        self.memory = ExemplarMemory(self.arguments.memory_size, self.arguments.selection, self.arguments.seed)
+
+    def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
+        super().begin(scenario, accelerator)
+        self.memory.quota(scenario.num_classes)
+
+    def train_adapter(self, task: Task) -> Iterator[Stage]:
+        """Stage 1: the newest adapter and its head; every exemplar is one of the "others"."""
+        self.add_adapter(f"task_{task.index:03d}", task.class_names)
+        exemplars = self.memory.images()
+        data = task.train if exemplars is None else LabelledImages.concatenate([task.train, exemplars])
+        sizes = (len(task.classes),)
+
+        def observe(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            return heads_step(network(pixel_values=images).logits, labels, sizes, task.first_class)
+
+        self.model.set_backbone_requires_grad(self.arguments.train_backbone and task.index == 0)
+        with self.model.head_output("logits"):
+            yield Stage("adapter", self.model, data, observe, self.optimization["adapter"])
+        self.model.set_backbone_requires_grad(False)
+
+    def train_heads(self, heads: nn.Module, features: Tensor, labels: Tensor) -> Iterator[Stage]:
+        """Stage 2: all heads on the features of a balanced set, which were computed once."""
+        sizes = self.head_sizes
+
+        def observe(network: nn.Module, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            return heads_step(network(features), labels, sizes, 0)
+
+        heads.requires_grad_(True)
+        yield Stage("heads", heads, TensorDataset(features, labels), observe, self.optimization["head"])
+        heads.requires_grad_(False)
+
+
+def heads_step(logits: Tensor, labels: Tensor, sizes: tuple[int, ...], first: int) -> tuple[Tensor, Tensor]:
+    """Loss of heads on a batch, and for which images every head said the right thing, `(B,)`."""
+    met = grouped_logits(logits.detach(), sizes).argmax(dim=2) == head_targets(labels, sizes, first)
+    return heads_loss(logits, labels, sizes, first), met.all(dim=1)

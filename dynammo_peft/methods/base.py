@@ -1,0 +1,166 @@
+"""The contract between a class-incremental method and the learner that runs it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Optional
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from transformers import PreTrainedModel, get_scheduler
+
+from ..data import BatchTransform, ClassIncrementalScenario, LabelledImages, Task
+from ..tuner.config import check_choice
+
+
+Optimizer = Literal["sgd", "adam", "adamw"]
+Schedule = Literal["cosine", "constant", "step"]
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How the parameters of one stage are optimised.
+
+    Args:
+        optimizer (`Literal["sgd", "adam", "adamw"]`): SGD has a momentum of 0.9.
+        learning_rate (`float`): At the start.
+        weight_decay (`float`): As the optimizer understands it.
+        epochs (`int`): Passes over the data.
+        batch_size (`int`): Images (or features) a step and process.
+        schedule (`Literal["cosine", "constant", "step"]`): `"step"` multiplies the learning rate by 0.1 at milestones.
+        milestones (`Sequence[float]`): For `"step"`, as shares of the stage.
+    """
+
+    optimizer: Optimizer
+    learning_rate: float
+    weight_decay: float
+    epochs: int
+    batch_size: int
+    schedule: Schedule
+    milestones: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer", self.optimizer, Optimizer)
+        check_choice("schedule", self.schedule, Schedule)
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+    def make(self, network: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        """An optimizer for the trainable parameters of `network` and a schedule over `steps` steps."""
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        settings = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        if self.optimizer == "sgd":
+            optimizer = torch.optim.SGD(parameters, momentum=0.9, **settings)
+        else:
+            optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer](parameters, **settings)
+        if self.schedule == "step":
+            milestones = [max(1, round(share * steps)) for share in self.milestones]
+            return optimizer, MultiStepLR(optimizer, milestones, gamma=0.1)
+        return optimizer, get_scheduler(self.schedule, optimizer, num_warmup_steps=0, num_training_steps=steps)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training loop of a method.
+
+    Args:
+        name (`str`): For the progress bar.
+        network (`nn.Module`): What is trained: its parameters that require gradients.
+        data (`Dataset`): Pairs of an input and a label; inputs are `uint8` images or features.
+        observe (`Callable`): Called with the network as prepared by Accelerate, a batch of inputs (images augmented
+            and normalised) and labels `(B,)`; returns the loss and which labels were met, `(B,)`.
+        optimization (`Optimization`): How.
+    """
+
+    name: str
+    network: nn.Module
+    data: Dataset
+    observe: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+    optimization: Optimization
+
+
+@dataclass
+class MethodArguments:
+    """What every method has an option for; methods add theirs."""
+
+    seed: int = field(default=0, metadata={"help": "Seed of the weights, the batches and the memory."})
+
+
+class Method(ABC):
+    """
+    A class-incremental learning method: what it trains when a task comes, and how it then scores images.
+
+    A method is used once, for one sequence of tasks.
+
+    Args:
+        model (`PreTrainedModel`): The pretrained image classifier.
+        arguments (`MethodArguments`): The method's options.
+
+    Attributes:
+        model: The model as adapted so far.
+        accelerator (`Accelerator`): Set by the learner.
+        transform (`BatchTransform`): Set by the learner.
+    """
+
+    name: ClassVar[str]
+    arguments_cls: ClassVar[type[MethodArguments]] = MethodArguments
+
+    def __init__(self, model: PreTrainedModel, arguments: Optional[MethodArguments] = None) -> None:
+        self.model: PreTrainedModel | PeftModel = model
+        self.arguments = arguments if arguments is not None else self.arguments_cls()
+        self.accelerator: Accelerator
+        self.transform: BatchTransform
+
+    def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
+        """Called once before the first task; the place to refuse a scenario that cannot be learned.
+
+        Args:
+            scenario (`ClassIncrementalScenario`): What will be learned.
+            accelerator (`Accelerator`): Where and how.
+        """
+        self.accelerator = accelerator
+        self.transform = scenario.transform
+
+    @abstractmethod
+    def learn(self, task: Task) -> Iterator[Stage]:
+        """Learns a task: a generator of training loops, each run before the generator goes on."""
+
+    @abstractmethod
+    def logits(self, images: Tensor) -> Tensor:
+        """
+        Args:
+            images (`Tensor`): Normalised images, `(B, 3, H, W)`.
+
+        Returns:
+            `Tensor`: One logit for each class learned so far, in their order, `(B, N)`.
+        """
+
+    @torch.no_grad()
+    def features(self, images: LabelledImages, adapter: str, batch_size: int = 64) -> Tensor:
+        """What enters the head under one adapter, on every process in the same order.
+
+        Args:
+            images (`LabelledImages`): The images.
+            adapter (`str`): Name of the adapter; it is active afterwards, and frozen.
+            batch_size (`int`): Images a process and step.
+
+        Returns:
+            `Tensor`: `(N, C)`, `float32`, on the CPU.
+        """
+        self.model.set_adapter(adapter, inference_mode=True)
+        self.model.eval()
+        loader = self.accelerator.prepare_data_loader(DataLoader(TensorDataset(images.images), batch_size=batch_size))
+        self.model.to(self.accelerator.device)
+        parts = []
+        with self.model.head_output("features"), self.accelerator.autocast():
+            for (batch,) in loader:
+                features = self.model(pixel_values=self.transform(batch)).logits
+                parts.append(self.accelerator.gather_for_metrics(features.float()).cpu())
+        return torch.cat(parts)

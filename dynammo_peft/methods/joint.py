@@ -1,0 +1,47 @@
+"""Joint training: the upper bound, which keeps all images of all tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data import LabelledImages, Task
+from .adapters import AdapterMethod
+from .base import Stage
+
+
+class Joint(AdapterMethod):
+    """
+    Trains one new adapter and one head on the images of all tasks so far, each time anew.
+
+    Not a class-incremental method: it measures what one adapter can do if nothing need be forgotten.
+
+    Args:
+        model (`PreTrainedModel`): The pretrained image classifier.
+        arguments (`AdapterMethodArguments`): Options of the training; those of the memory and of stage 2 are unused.
+        config (`Optional[DynammoConfig]`): The adapter's configuration; its `classes` are filled in.
+    """
+
+    name = "joint"
+
+    def learn(self, task: Task) -> Iterator[Stage]:
+        self._seen = [*getattr(self, "_seen", []), task]
+        data = LabelledImages.concatenate([seen.train for seen in self._seen])
+        if self.adapters:
+            self.adapters.clear()
+            self.model = self.model.unload()
+        self.add_adapter(f"joint_{task.index:03d}", [name for seen in self._seen for name in seen.class_names])
+
+        def observe(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            logits = network(pixel_values=images).logits
+            return F.cross_entropy(logits.float(), labels), logits.argmax(dim=1) == labels
+
+        self.model.set_backbone_requires_grad(self.arguments.train_backbone and task.index == 0)
+        yield Stage("joint", self.model, data, observe, self.optimization["adapter"])
+        self.model.set_backbone_requires_grad(False)
+        self.model.set_adapter(self.adapters[-1], inference_mode=True)
+
+    def logits(self, images: Tensor) -> Tensor:
+        return self.model(pixel_values=images).logits

@@ -1,0 +1,5 @@
+from .learner import Learner
+from .results import Results
+
+
+__all__ = ["Learner", "Results"]

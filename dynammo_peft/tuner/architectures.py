@@ -1,0 +1,248 @@
+"""Where the adapters go: what is known of a model type, and what one forward pass tells of each block."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, Optional, Union
+
+import torch
+from torch import nn
+
+from .config import DynammoConfig
+from .flops import count_flops
+
+
+MAX_FLOPS_RATIO = 0.05
+PLAIN_TRANSFORMER_ADAPTERS = 4
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a transformers model type names its parts.
+
+    Args:
+        block (`str`): Name of a block with `{}` for its number, without the name of the surrounding model.
+        depth (`str`): Attribute of the model's configuration that says how many blocks there are.
+        head (`str`): Name of the classifier.
+    """
+
+    block: str
+    depth: str
+    head: str = "classifier"
+
+    def target_modules(self, model_config: dict[str, Any]) -> set[str]:
+        """Names of the blocks that get an adapter: every stage, or evenly spaced blocks of a plain transformer."""
+        depth = model_config[self.depth]
+        if not isinstance(depth, int):
+            return {self.block.format(stage) for stage in range(len(depth))}
+        places = min(PLAIN_TRANSFORMER_ADAPTERS, depth)
+        return {self.block.format(place * depth // places) for place in range(places)}
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "vit": Architecture(block="layers.{}", depth="num_hidden_layers"),
+    "deit": Architecture(block="layers.{}", depth="num_hidden_layers"),
+    "dinov2": Architecture(block="encoder.layer.{}", depth="num_hidden_layers"),
+    "dinov2_with_registers": Architecture(block="encoder.layer.{}", depth="num_hidden_layers"),
+    "convnext": Architecture(block="encoder.stages.{}", depth="depths"),
+    "convnextv2": Architecture(block="encoder.stages.{}", depth="depths"),
+    "resnet": Architecture(block="encoder.stages.{}", depth="depths"),
+    "swin": Architecture(block="encoder.layers.{}", depth="depths"),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """What enters a block.
+
+    Args:
+        layout (`Literal["map", "tokens"]`): `(B, C, H, W)`, or `(B, L, C)` with the patch tokens last.
+        channels (`int`): C.
+        prefix (`int`): Tokens in front of the patch tokens (CLS, distillation, registers).
+        stride (`tuple[int, int]`): Pixels of the image per pixel of the map, down and across.
+        size (`tuple[int, int]`): Height and width of the map for the images that were probed.
+    """
+
+    layout: Literal["map", "tokens"]
+    channels: int
+    prefix: int = 0
+    stride: tuple[int, int] = (1, 1)
+    size: tuple[int, int] = (1, 1)
+
+    def grid(self, length: int, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the patch grid of `length` tokens, prefix included, for images of `image_size` pixels.
+
+        Raises:
+            ValueError: If the tokens do not fill a grid.
+        """
+        # A backbone either drops the pixels beyond the last whole patch (ViT) or pads them to a patch (Swin).
+        for divide in (lambda pixels, stride: pixels // stride, lambda pixels, stride: -(-pixels // stride)):
+            height, width = (divide(pixels, stride) for pixels, stride in zip(image_size, self.stride))
+            if height * width + self.prefix == length:
+                return height, width
+        raise ValueError(
+            f"{length} tokens ({self.prefix} of them no patches) do not fill the patch grid of an image of "
+            f"{image_size[0]}x{image_size[1]} pixels; resize the images to a multiple of {self.stride} pixels."
+        )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one forward pass of the base model showed: its cost, what enters each block, and the classifier's width."""
+
+    flops: int
+    sites: dict[str, Site]
+    features: Optional[int]
+    image_size: tuple[int, int]
+
+
+@cache
+def accepts_interpolation(model_cls: type) -> bool:
+    """Whether a model class can interpolate its position embeddings to another image size."""
+    return "interpolate_pos_encoding" in inspect.signature(model_cls.forward).parameters
+
+
+def needs_interpolation(model: nn.Module, image_size: tuple[int, int]) -> bool:
+    """Whether `model` must interpolate its position embeddings for images of `image_size` pixels, and can."""
+    trained = getattr(getattr(model, "config", None), "image_size", None)
+    return trained is not None and as_pair(trained) != as_pair(image_size) and accepts_interpolation(type(model))
+
+
+def as_pair(size: Union[int, Sequence[int]]) -> tuple[int, int]:
+    """Height and width from one number or two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def probe(model: nn.Module, blocks: Sequence[str], head: Optional[str], image_size: tuple[int, int]) -> Probe:
+    """Runs `model` once on a black image and notes what enters each block and the head.
+
+    Args:
+        model (`nn.Module`): The base model, without adapters; left as it was.
+        blocks (`Sequence[str]`): Names of the blocks.
+        head (`Optional[str]`): Name of the classifier.
+        image_size (`tuple[int, int]`): Height and width of the image, in pixels.
+
+    Returns:
+        `Probe`
+
+    Raises:
+        ValueError: If the model cannot process an image of this size, or a block sees neither a map nor tokens.
+    """
+    entering: dict[str, torch.Size] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            inputs = args or tuple(kwargs.values())
+            entering.setdefault(name, inputs[0].shape)
+
+        return model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+
+    handles = [note(name) for name in (*blocks, *([head] if head else []))]
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    channels = getattr(getattr(model, "config", None), "num_channels", 3)
+    image = torch.zeros(1, channels, *image_size, device=weight.device, dtype=weight.dtype)
+    kwargs = {"interpolate_pos_encoding": True} if needs_interpolation(model, image_size) else {}
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        flops = count_flops(lambda: model(image, **kwargs))
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{type(model).__name__} cannot process an image of {image_size[0]}x{image_size[1]} pixels ({reason}); "
+            "set image_size in the DynammoConfig to the size of your images."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    patch = getattr(getattr(model, "config", None), "patch_size", None)
+    sites = {name: _site(name, entering, image_size, patch) for name in blocks}
+    return Probe(flops, sites, math.prod(entering[head][1:]) if head in entering else None, image_size)
+
+
+def _site(name: str, entering: dict[str, torch.Size], image_size: tuple[int, int], patch: Any) -> Site:
+    shape = entering.get(name)
+    if shape is None:
+        raise ValueError(f"Block {name!r} is not used in a forward pass; take it out of target_modules.")
+    if len(shape) == 4:
+        return Site("map", channels=shape[1], size=(shape[2], shape[3]))
+    if len(shape) != 3:
+        raise ValueError(
+            f"Block {name!r} receives a tensor of {len(shape)} dimensions; an adapter needs a map (B, C, H, W) or "
+            "tokens (B, L, C). Choose other target_modules."
+        )
+    length = shape[1]
+    grid = None
+    if patch is not None:
+        stride = as_pair(patch)
+        candidate = (image_size[0] // stride[0], image_size[1] // stride[1])
+        # A handful of prefix tokens at most: beyond that the stage is a later one with larger strides.
+        if 0 <= length - math.prod(candidate) <= 16:
+            grid = candidate
+    if grid is None:
+        grid = _square_grid(length, image_size)
+    stride = (-(-image_size[0] // grid[0]), -(-image_size[1] // grid[1]))
+    return Site("tokens", channels=shape[2], prefix=length - math.prod(grid), stride=stride, size=grid)
+
+
+def _square_grid(length: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """The largest grid with the image's aspect ratio that `length` tokens can fill."""
+    ratio = image_size[1] / image_size[0]
+    for height in range(math.isqrt(length) * 4, 0, -1):
+        width = round(height * ratio)
+        if 0 < height * width <= length:
+            return height, width
+    return 1, length
+
+
+def bottleneck_channels(channels: int, reduction_factor: int) -> int:
+    """Channels between an adapter's two convolutions.
+
+    From four on they are rounded up to a multiple of eight, for which convolution kernels are several times faster.
+    """
+    middle = max(1, channels // reduction_factor)
+    return middle if middle < 4 else min(channels, -(-middle // 8) * 8)
+
+
+def adapter_multiply_adds(site: Site, middle: int, kernel_size: int, padding: int) -> int:
+    """Multiply-adds of one adapter on one image: two convolutions that meet on the middle map."""
+    height, width = (side + 2 * padding - kernel_size + 1 for side in site.size)
+    down = height * width * site.channels * middle * kernel_size**2
+    # A transposed convolution computes one product per pixel of its input, which is the middle map.
+    return 2 * down
+
+
+def choose_reduction_factor(probe: Probe, config: DynammoConfig) -> int:
+    """The smallest power of two with which the adapters cost at most 5% of the backbone's FLOPs.
+
+    Where not even one channel is cheap enough, the largest number of input channels is returned.
+    """
+    widest = max(site.channels for site in probe.sites.values())
+    factor = 1
+    while factor < widest:
+        cost = sum(
+            adapter_multiply_adds(site, bottleneck_channels(site.channels, factor), config.kernel_size, config.padding)
+            for site in probe.sites.values()
+        )
+        if 2 * cost <= MAX_FLOPS_RATIO * probe.flops:
+            return factor
+        factor *= 2
+    return widest
+
+
+def check_map_sizes(probe: Probe, config: DynammoConfig) -> None:
+    """Raises a `ValueError` naming the first block whose map is smaller than the kernel reaches."""
+    for name, site in probe.sites.items():
+        if min(site.size) + 2 * config.padding < config.kernel_size:
+            raise ValueError(
+                f"The map entering block {name!r} is {site.size[0]}x{site.size[1]}, too small for a kernel of "
+                f"{config.kernel_size}x{config.kernel_size} with padding={config.padding}; use padding=1 or images "
+                f"larger than {probe.image_size[0]}x{probe.image_size[1]} pixels."
+            )

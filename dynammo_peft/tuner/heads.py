@@ -1,0 +1,109 @@
+"""Arithmetic of task heads: one block of `n + 1` logits a head, `n` classes and then "others".
+
+All functions take the raw logits of one or more heads side by side, `(B, sum of n_t + 1)`, and the heads' sizes `n_t`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .config import Scoring
+
+
+# Keeps every class outside the chosen head below every class inside it, in half precision too.
+_OUTSIDE = 1e4
+
+
+@lru_cache(maxsize=256)
+def _columns(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns of the classes `(N,)`, of each class's "others" `(N,)`, and of each head `(T, 1 + max n)`.
+
+    A head's row starts with its "others" column; short rows are filled with the number of columns, one past the end.
+    """
+    classes, others, heads = [], [], []
+    start, width = 0, sum(sizes) + len(sizes)
+    for size in sizes:
+        columns = list(range(start, start + size))
+        classes += columns
+        others += [start + size] * size
+        heads.append([start + size, *columns, *[width] * (max(sizes) - size)])
+        start += size + 1
+    return tuple(torch.tensor(index, device=device) for index in (classes, others, heads))
+
+
+def grouped_logits(logits: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Raw logits by head.
+
+    Args:
+        logits (`Tensor`): Raw logits, `(B, sum of n_t + 1)`.
+        sizes (`tuple[int, ...]`): Number of classes of each head.
+
+    Returns:
+        `Tensor`: `(B, T, 1 + max n)`: "others" first, then the head's classes, then minus infinity.
+    """
+    _, _, heads = _columns(sizes, logits.device)
+    return F.pad(logits, (0, 1), value=float("-inf"))[:, heads]
+
+
+def score_heads(logits: Tensor, sizes: tuple[int, ...], scoring: Scoring) -> Tensor:
+    """Turns the raw logits of all heads into one tensor of logits over the classes.
+
+    `"log_odds"` subtracts from each class's logit its head's "others" logit: the log of the odds that the head gives
+    the class against "none of mine", comparable between heads and linear in the features. `"min_others"` (Qazi et al.
+    2024, section 2.4) takes the head with the least "others" probability, and in it the largest logit; the classes of
+    all other heads follow behind.
+
+    Args:
+        logits (`Tensor`): Raw logits, `(B, sum of n_t + 1)`.
+        sizes (`tuple[int, ...]`): Number of classes of each head.
+        scoring (`Literal["log_odds", "min_others"]`): How heads are compared.
+
+    Returns:
+        `Tensor`: `(B, N)`, one logit for each class of all heads.
+    """
+    classes, others, heads = _columns(sizes, logits.device)
+    if scoring == "log_odds":
+        return logits[:, classes] - logits[:, others]
+    log_probabilities = grouped_logits(logits, sizes).log_softmax(dim=-1)
+    chosen = log_probabilities[..., 0].argmin(dim=1, keepdim=True)
+    outside = torch.ones_like(log_probabilities[..., 0]).scatter_(1, chosen, 0.0)
+    scores = log_probabilities[..., 1:].clamp_min(-_OUTSIDE / 2) - _OUTSIDE * outside[..., None]
+    return scores[:, heads[:, 1:] < logits.shape[1]]
+
+
+def head_targets(labels: Tensor, sizes: tuple[int, ...], first: int = 0) -> Tensor:
+    """Target of each head: 0 ("others") for a foreign class, 1 + its place in the head for one of its own.
+
+    Args:
+        labels (`Tensor`): Class of each image in the order in which classes were learned, `(B,)`.
+        sizes (`tuple[int, ...]`): Number of classes of each head.
+        first (`int`): Classes learned before the first of these heads.
+
+    Returns:
+        `Tensor`: `(B, T)`, to be compared with `grouped_logits`.
+    """
+    sizes_tensor = torch.tensor(sizes, device=labels.device)
+    starts = first + sizes_tensor.cumsum(0) - sizes_tensor
+    place = labels[:, None] - starts[None, :]
+    return torch.where((place >= 0) & (place < sizes_tensor), place + 1, 0)
+
+
+def heads_loss(logits: Tensor, labels: Tensor, sizes: tuple[int, ...], first: int = 0) -> Tensor:
+    """Sum over heads of the mean cross-entropy, foreign classes as "others" (Qazi et al. 2024, section 2.3).
+
+    Args:
+        logits (`Tensor`): Raw logits, `(B, sum of n_t + 1)`.
+        labels (`Tensor`): Class of each image in the order in which classes were learned, `(B,)`.
+        sizes (`tuple[int, ...]`): Number of classes of each head.
+        first (`int`): Classes learned before the first of these heads.
+
+    Returns:
+        `Tensor`: The loss, a scalar.
+    """
+    grouped = grouped_logits(logits.float(), sizes)
+    targets = head_targets(labels, sizes, first)
+    return F.cross_entropy(grouped.flatten(0, 1), targets.flatten()) * len(sizes)

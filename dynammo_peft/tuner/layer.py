@@ -1,0 +1,204 @@
+"""The layers that stand in for a block and for the classifier of the base model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Optional, Union
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .architectures import Site, bottleneck_channels
+from .config import DynammoConfig, Scoring
+from .heads import score_heads
+
+
+HeadOutput = Literal["scores", "logits", "features"]
+
+
+class _WrappingLayer(nn.Module, BaseTunerLayer):
+    """What both layers share: they wrap a module that need not have a `weight`, and answer for it."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._disable_adapters = False
+        self._active_adapter: Union[str, list[str]] = adapter_name
+        self.merged_adapters: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            # The base model may look into its blocks: SwinEncoder reads `stage.downsample`.
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[Optional[torch.device], Optional[torch.dtype]]:
+        for tensor in base_layer.parameters():
+            if tensor.is_floating_point():
+                return tensor.device, tensor.dtype
+        return None, None
+
+    def _own_adapters(self, containers: nn.ModuleDict) -> list[str]:
+        """The active adapters that this layer has."""
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in containers]
+
+    def _place(self, adapter_name: str, inference_mode: bool) -> None:
+        """Moves a new adapter to the wrapped module's device and into its mode; only an active one is trained."""
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        for name in self.adapter_layer_names:
+            container = getattr(self, name)
+            if isinstance(container, nn.ModuleDict) and adapter_name in container:
+                container[adapter_name].train(self.base_layer.training)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        raise NotImplementedError(
+            "A DynaMMo adapter is not linear and cannot be folded into the base weights. Merge adapters with each "
+            "other by `add_weighted_adapter`, and save the result by `save_pretrained`."
+        )
+
+    def unmerge(self) -> None:
+        raise NotImplementedError("A DynaMMo adapter is never folded into the base weights; there is nothing to undo.")
+
+
+class UpConvolution(nn.ConvTranspose2d):
+    """A transposed convolution of stride 1; where it keeps the map's size, computed as the equal convolution.
+
+    The kernels of plain convolutions are faster, most of all for few images.
+    """
+
+    def forward(self, grid: Tensor) -> Tensor:
+        if 2 * self.padding[0] != self.kernel_size[0] - 1:
+            return super().forward(grid)
+        return F.conv2d(grid, self.weight.flip(2, 3).transpose(0, 1), padding=self.padding)
+
+
+class DynammoLayer(_WrappingLayer):
+    """A block with residual convolutional adapters in front of it (Qazi et al. 2024, section 2.2).
+
+    Args:
+        base_layer (`nn.Module`): The block; its first argument is a map `(B, C, H, W)` or tokens `(B, L, C)`.
+        adapter_name (`str`): Name of the first adapter.
+        config (`DynammoConfig`): Its configuration.
+        site (`Site`): What enters the block.
+    """
+
+    # Flat containers: PEFT finds an adapter's name only as the last but one part of a key.
+    adapter_layer_names = (
+        "dynammo_down",
+        "dynammo_down_norm",
+        "dynammo_up",
+        "dynammo_up_norm",
+        "dynammo_alpha",
+    )
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: DynammoConfig, site: Site) -> None:
+        super().__init__(base_layer, adapter_name)
+        self.site = site
+        # Height and width of the images of the current forward, in pixels; set by a hook of the base model.
+        self.image_size: tuple[int, int] = (0, 0)
+        self.dynammo_down = nn.ModuleDict()
+        self.dynammo_down_norm = nn.ModuleDict()
+        self.dynammo_up = nn.ModuleDict()
+        self.dynammo_up_norm = nn.ModuleDict()
+        self.dynammo_alpha = nn.ParameterDict()
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: DynammoConfig) -> None:
+        """Adds an adapter with fresh weights."""
+        channels = self.site.channels
+        middle = bottleneck_channels(channels, config.reduction_factor)
+        # No biases: the normalisation that follows would take them out again.
+        shape = {"kernel_size": config.kernel_size, "padding": config.padding, "bias": False}
+        self.dynammo_down[adapter_name] = nn.Conv2d(channels, middle, **shape)
+        self.dynammo_down_norm[adapter_name] = nn.BatchNorm2d(middle)
+        self.dynammo_up[adapter_name] = UpConvolution(middle, channels, **shape)
+        self.dynammo_up_norm[adapter_name] = nn.BatchNorm2d(channels)
+        self.dynammo_alpha[adapter_name] = nn.Parameter(torch.full((1,), config.init_alpha))
+        self._place(adapter_name, config.inference_mode)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        names = self._own_adapters(self.dynammo_down)
+        if names:
+            adapt = self._adapt_map if self.site.layout == "map" else self._adapt_tokens
+            hidden_states = adapt(hidden_states, names)
+        return self.base_layer(hidden_states, *args, **kwargs)
+
+    def _adapt_map(self, hidden_states: Tensor, names: list[str]) -> Tensor:
+        return hidden_states + sum(self._residual(hidden_states, name) for name in names)
+
+    def _adapt_tokens(self, hidden_states: Tensor, names: list[str]) -> Tensor:
+        prefix = self.site.prefix
+        height, width = self.site.grid(hidden_states.shape[1], self.image_size)
+        patches = hidden_states[:, prefix:]
+        # A view: tokens are a map whose channels come last in memory.
+        grid = patches.transpose(1, 2).unflatten(2, (height, width))
+        residual = sum(self._residual(grid, name) for name in names).flatten(2).transpose(1, 2)
+        return torch.cat([hidden_states[:, :prefix], patches + residual], dim=1)
+
+    def _residual(self, grid: Tensor, name: str) -> Tensor:
+        """`alpha * ReLU(BN(ConvTranspose(ReLU(BN(Conv(grid))))))`, `(B, C, H, W)` to the same."""
+        down = self.dynammo_down[name]
+        hidden = torch.relu(self.dynammo_down_norm[name](down(self._cast_input_dtype(grid, down.weight.dtype))))
+        hidden = torch.relu(self.dynammo_up_norm[name](self.dynammo_up[name](hidden)))
+        return (self.dynammo_alpha[name] * hidden).to(grid.dtype)
+
+
+class DynammoHead(_WrappingLayer):
+    """The base model's classifier with task heads beside it; the active adapter's head stands in for it.
+
+    Each adapter has one linear layer for all its heads: `n_t` classes and "others" for each head, side by side.
+
+    Args:
+        base_layer (`nn.Module`): The base model's classifier.
+        adapter_name (`str`): Name of the first adapter.
+        config (`DynammoConfig`): Its configuration.
+        features (`int`): Features that enter the classifier.
+    """
+
+    adapter_layer_names = ("dynammo_head",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: DynammoConfig, features: int) -> None:
+        super().__init__(base_layer, adapter_name)
+        self.features = features
+        self.output: HeadOutput = "scores"
+        self.sizes: dict[str, tuple[int, ...]] = {}
+        self.scoring: dict[str, Scoring] = {}
+        self.dynammo_head = nn.ModuleDict()
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: DynammoConfig) -> None:
+        """Adds the heads of an adapter with fresh weights."""
+        sizes = config.head_sizes
+        self.sizes[adapter_name] = sizes
+        self.scoring[adapter_name] = config.scoring
+        self.dynammo_head[adapter_name] = nn.Linear(self.features, sum(sizes) + len(sizes))
+        self._place(adapter_name, config.inference_mode)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits over the classes `(B, N)`; inside `head_output`, raw logits or the features instead."""
+        names = self._own_adapters(self.dynammo_head)
+        features = hidden_states.flatten(1)
+        if self.output == "features":
+            return features
+        if not names:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        logits = torch.cat([self._logits(features, name) for name in names], dim=1)
+        if self.output == "logits":
+            return logits
+        return score_heads(logits, sum((self.sizes[name] for name in names), ()), self.scoring[names[0]])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.sizes.pop(adapter_name, None)
+        self.scoring.pop(adapter_name, None)
+
+    def _logits(self, features: Tensor, name: str) -> Tensor:
+        head = self.dynammo_head[name]
+        return head(self._cast_input_dtype(features, head.weight.dtype))

@@ -1,0 +1,450 @@
+"""The tuner: attaches task adapters and heads to a backbone and merges them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Optional, Union
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from ..merging import COMBINATIONS, average_statistics, check_weights
+from .architectures import (
+    ARCHITECTURES,
+    Probe,
+    as_pair,
+    check_map_sizes,
+    choose_reduction_factor,
+    needs_interpolation,
+    probe,
+)
+from .config import DynammoConfig, check_choice
+from .layer import DynammoHead, DynammoLayer, HeadOutput, _WrappingLayer
+
+
+class DynammoModel(BaseTuner):
+    """
+    A backbone with DynaMMo adapters (Qazi et al. 2024, https://arxiv.org/abs/2404.14099).
+
+    Each task has an adapter in front of chosen blocks and a head for its classes. Any number of them is merged into one
+    by [`~DynammoModel.add_weighted_adapter`], so that the forward pass costs the same for any number of tasks. The
+    backbone is frozen and stays in evaluation mode while adapters are trained.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The image classifier to be adapted.
+        config ([`DynammoConfig`]): The configuration of the first adapter.
+        adapter_name (`str`): Its name, by convention `task_000`; defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Create empty adapter weights on the meta device.
+
+    Returns:
+        `torch.nn.Module`: The adapted model.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForImageClassification
+        >>> from peft import get_peft_model
+        >>> from dynammo_peft import DynammoConfig
+
+        >>> base = AutoModelForImageClassification.from_pretrained("facebook/deit-tiny-patch16-224")
+        >>> model = get_peft_model(base, DynammoConfig(classes=["basophil", "eosinophil"]), "task_000")
+        >>> model.add_adapter("task_001", DynammoConfig(classes=["lymphocyte", "monocyte"]))
+        >>> model.add_weighted_adapter(["task_000", "task_001"], adapter_name="merged")
+        >>> model.set_adapter("merged")
+        ```
+
+    **Attributes**:
+        - **model** ([`~transformers.PreTrainedModel`]) -- The adapted image classifier.
+        - **peft_config** (`dict[str, DynammoConfig]`) -- The configuration of each adapter.
+    """
+
+    prefix: str = "dynammo_"
+    tuner_layer_cls = _WrappingLayer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        _check_adapter_name(model, adapter_name)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: DynammoConfig, model_config: dict) -> DynammoConfig:
+        model_type = model_config.get("model_type")
+        architecture = ARCHITECTURES.get(model_type)
+        if architecture is None:
+            unset = "target_modules" if peft_config.target_modules is None else None
+            if peft_config.classes is not None and peft_config.head_module is None:
+                unset = unset or "head_module"
+            if unset is not None:
+                raise ValueError(
+                    f"Model type {model_type!r} is not known; name its "
+                    f"{'blocks' if unset == 'target_modules' else 'classifier'} by `{unset}` in the DynammoConfig. "
+                    f"Known: {', '.join(ARCHITECTURES)}."
+                )
+            return peft_config
+        if peft_config.target_modules is None:
+            peft_config.target_modules = architecture.target_modules(model_config)
+        if peft_config.head_module is None:
+            peft_config.head_module = architecture.head
+        return peft_config
+
+    def _prepare_model(self, peft_config: DynammoConfig, model: nn.Module) -> None:
+        if not hasattr(self, "_probe"):
+            self._base_labels = _labels(model)
+            model.register_forward_pre_hook(_note_image_size, with_kwargs=True)
+        found = self._probe_blocks(peft_config, model)
+        if peft_config.reduction_factor is None:
+            peft_config.reduction_factor = choose_reduction_factor(found, peft_config)
+        check_map_sizes(found, peft_config)
+        self._probe: Probe = found
+
+    def _probe_blocks(self, peft_config: DynammoConfig, model: nn.Module) -> Probe:
+        """What enters the blocks of `peft_config`; each set of blocks and image size is probed once."""
+        size = peft_config.image_size or getattr(getattr(model, "config", None), "image_size", None) or 224
+        peft_config.image_size = list(as_pair(size))
+        blocks = [name for name, _ in _base_modules(model) if BaseTuner._check_target_module_exists(peft_config, name)]
+        head = next((name for name, _ in _base_modules(model) if self._is_head(peft_config, name)), None)
+        if head is None and peft_config.classes is not None:
+            raise ValueError(
+                f"The base model has no module {peft_config.head_module!r} for the head; load it with "
+                "AutoModelForImageClassification or set head_module in the DynammoConfig."
+            )
+        known = getattr(self, "_probe", None)
+        if known is not None and set(blocks) <= set(known.sites) and known.image_size == as_pair(size):
+            return replace(known, sites={name: known.sites[name] for name in blocks})
+        with self._adapters_bypassed(model):
+            return probe(model, blocks, head, as_pair(size))
+
+    @contextmanager
+    def _adapters_bypassed(self, model: nn.Module) -> Iterator[None]:
+        layers = [module for module in model.modules() if isinstance(module, _WrappingLayer)]
+        before = [layer._disable_adapters for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer, disabled in zip(layers, before):
+                layer._disable_adapters = disabled
+
+    @staticmethod
+    def _is_head(peft_config: DynammoConfig, key: str) -> bool:
+        return peft_config.head_module is not None and key == peft_config.head_module
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: DynammoConfig, key: str) -> bool | re.Match[str] | None:
+        if DynammoModel._is_head(peft_config, key):
+            return peft_config.classes is not None
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: DynammoConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+    ) -> None:
+        if isinstance(target, _WrappingLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        if self._is_head(peft_config, current_key):
+            layer = DynammoHead(target, adapter_name, peft_config, self._probe.features)
+        else:
+            layer = DynammoLayer(target, adapter_name, peft_config, self._probe.sites[current_key])
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # A new module is in training mode, also in a model in evaluation mode.
+        new_module.training = child.training
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            return
+        # PEFT casts parameters only; running statistics in half precision lose the small updates.
+        for module in self._adapter_modules(adapter_name):
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.dtype in (torch.float16, torch.bfloat16):
+                    setattr(module, name, buffer.float())
+
+    def _adapter_modules(self, adapter_name: str) -> Iterator[nn.Module]:
+        for layer in self.model.modules():
+            if isinstance(layer, _WrappingLayer):
+                for container in layer.adapter_layer_names:
+                    entries = getattr(layer, container)
+                    if adapter_name in entries and isinstance(entries[adapter_name], nn.Module):
+                        yield entries[adapter_name]
+
+    def train(self, mode: bool = True) -> DynammoModel:
+        """Training mode for what is trained; a frozen backbone or adapter stays in evaluation mode.
+
+        Otherwise the running statistics of a frozen BatchNorm would drift, and they are not saved with the adapter.
+        """
+        super().train(mode)
+        if mode:
+            _freeze_mode(self.model)
+        return self
+
+    def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        # What is trained has changed, and so have the modes; an adapter that becomes active may have been idle.
+        self.train(self.model.training)
+        self._sync_labels(self.active_adapters)
+
+    def enable_adapter_layers(self) -> None:
+        super().enable_adapter_layers()
+        self._sync_labels(self.active_adapters)
+
+    def disable_adapter_layers(self) -> None:
+        super().disable_adapter_layers()
+        self._sync_labels([])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._sync_labels(self.active_adapters)
+
+    def unload(self) -> nn.Module:
+        self._sync_labels([])
+        hooks = self.model._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _note_image_size]:
+            del hooks[key]
+            self.model._forward_pre_hooks_with_kwargs.pop(key, None)
+        return super().unload()
+
+    def _check_merge_allowed(self) -> None:
+        # Before anything is touched: `merge_and_unload` would stop half-way.
+        _WrappingLayer.merge(self)
+
+    def _sync_labels(self, adapters: Sequence[str]) -> None:
+        """Makes the base model's configuration name the classes whose logits it gives now."""
+        config = getattr(self.model, "config", None)
+        if config is None or self._base_labels is None:
+            return
+        names = [name for adapter in adapters for name in self.peft_config[adapter].class_names]
+        id2label, problem_type = self._base_labels
+        if names:
+            id2label, problem_type = dict(enumerate(names)), "single_label_classification"
+        config.id2label = dict(id2label)
+        config.label2id = {label: index for index, label in id2label.items()}
+        config.problem_type = problem_type
+
+    @property
+    def head(self) -> Optional[DynammoHead]:
+        """The layer that holds the heads, or `None` if no adapter has classes."""
+        return next((module for module in self.model.modules() if isinstance(module, DynammoHead)), None)
+
+    @contextmanager
+    def head_output(self, output: HeadOutput) -> Iterator[None]:
+        """Makes the model's `logits` something else for a while.
+
+        Args:
+            output (`Literal["scores", "logits", "features"]`):
+                `"scores"`: logits over the classes `(B, N)`, as ever. `"logits"`: the raw logits of all heads, with
+                "others", `(B, sum of n_t + 1)`, for training. `"features"`: what enters the classifier, `(B, C)`.
+        """
+        check_choice("output", output, HeadOutput)
+        head = self.head
+        if head is None:
+            raise ValueError("The model has no head; give the DynammoConfig the `classes` of the task.")
+        before, head.output = head.output, output
+        try:
+            yield
+        finally:
+            head.output = before
+
+    def set_backbone_requires_grad(self, requires_grad: bool) -> None:
+        """Makes the backbone trainable or frozen; adapters, heads and the base model's own classifier stay so.
+
+        Args:
+            requires_grad (`bool`): Whether the backbone shall be trained.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, _WrappingLayer)]
+        spared = {
+            id(parameter)
+            for layer in layers
+            for key, parameter in layer.named_parameters()
+            if isinstance(layer, DynammoHead) or not key.startswith("base_layer.")
+        }
+        # An outer block wraps the inner blocks' adapters too: whatever is an adapter's anywhere is spared.
+        for parameter in self.model.parameters():
+            if id(parameter) not in spared:
+                parameter.requires_grad_(requires_grad)
+
+    @torch.no_grad()
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Copies the blocks' adapters of `source`, with their statistics, to `target`; heads are not copied.
+
+        Args:
+            source (`str`): Name of the adapter to copy from.
+            target (`str`): Name of the adapter to copy to.
+
+        Raises:
+            ValueError: If one does not exist, or they differ in what they are attached to or in shape.
+        """
+        self._check_alike([source, target])
+        for layer in self.model.modules():
+            if isinstance(layer, DynammoLayer):
+                for container in layer.adapter_layer_names:
+                    entries = getattr(layer, container)
+                    if isinstance(entries, nn.ParameterDict):
+                        entries[target].copy_(entries[source])
+                    else:
+                        entries[target].load_state_dict(entries[source].state_dict())
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: Optional[list[float]] = None,
+        adapter_name: str = "merged",
+        combination_type: str = "linear",
+    ) -> None:
+        """
+        Merges adapters into a new one (Qazi et al. 2024, section 2.3), in the manner of `LoraModel`.
+
+        Parameters of the blocks' adapters, alpha among them, are combined by `combination_type`; BatchNorm statistics
+        are averaged with the weights normalised to one; heads are placed side by side, so that the new adapter knows
+        the classes of all. The new adapter is frozen and not active. An adapter of that name is replaced.
+
+        Args:
+            adapters (`list[str]`): Names of the adapters, in the order in which their classes shall stand.
+            weights (`list[float]`, *optional*): A weight for each; `1 / len(adapters)` if not given.
+            adapter_name (`str`): Name of the new adapter, defaults to `"merged"`.
+            combination_type (`str`): How parameters are combined; only `"linear"`, their weighted sum, so far.
+
+        Raises:
+            ValueError: If an adapter does not exist or is built differently from the first, a class belongs to two of
+                them, weights are missing or unusable, or the combination type does not exist.
+        """
+        check_choice("combination_type", combination_type, COMBINATIONS)
+        self._check_mergeable(adapters, adapter_name)
+        mixture = check_weights(weights if weights is not None else [1 / len(adapters)] * len(adapters), len(adapters))
+        heads = [head for name in adapters for head in self.peft_config[name].classes or ()]
+        config = replace(self.peft_config[adapters[0]], classes=heads or None, inference_mode=True)
+        if adapter_name in self.peft_config:
+            self.delete_adapter(adapter_name)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        self._cast_adapter_dtype(adapter_name)
+        with torch.no_grad():
+            for layer in self.model.modules():
+                if isinstance(layer, DynammoHead):
+                    _concatenate_heads(layer, adapters, adapter_name)
+                elif isinstance(layer, DynammoLayer):
+                    _merge_layer(layer, adapters, adapter_name, mixture, combination_type)
+        self.set_requires_grad(adapter_name, requires_grad=False)
+
+    def _check_alike(self, adapters: list[str]) -> None:
+        """Raises a `ValueError` unless all adapters exist and are built as the first."""
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name!r} does not exist; there are {', '.join(self.peft_config)}.")
+        first = self.peft_config[adapters[0]]
+        for name in adapters[1:]:
+            config = self.peft_config[name]
+            for field in ("target_modules", "reduction_factor", "kernel_size", "padding"):
+                if getattr(config, field) != getattr(first, field):
+                    raise ValueError(
+                        f"Adapters {adapters[0]!r} and {name!r} differ in {field} ({getattr(first, field)!r} and "
+                        f"{getattr(config, field)!r}); give both the same."
+                    )
+
+    def _check_mergeable(self, adapters: list[str], adapter_name: str) -> None:
+        if not adapters:
+            raise ValueError("No adapters to merge; name at least one.")
+        if adapter_name in adapters:
+            raise ValueError(f"Adapter {adapter_name!r} cannot be merged into itself; choose another adapter_name.")
+        self._check_alike(adapters)
+        if len({self.peft_config[name].classes is None for name in adapters}) > 1:
+            raise ValueError(f"Of adapters {', '.join(adapters)} only some have a head; give all of them `classes`.")
+
+
+def _check_adapter_name(model: nn.Module, name: str) -> None:
+    """PEFT finds an adapter's tensors by its name between dots: a name of a part of the model would mix them up."""
+    if not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
+        raise ValueError(f"Adapter name {name!r} may hold letters, digits, '_' and '-' only, as in 'task_000'.")
+    if "dynammo_" in name:
+        raise ValueError(f"Adapter name {name!r} must not hold 'dynammo_', the prefix of this method's tensors.")
+    layers = [key for key, module in model.named_modules() if isinstance(module, _WrappingLayer)]
+    taken = {"base_model", "base_layer", "model", "weight", "bias", *nn.BatchNorm2d(1).state_dict()}
+    for key in model.state_dict():
+        owner = next((layer for layer in layers if key.startswith(f"{layer}.dynammo_")), None)
+        # Inside a tuner layer's containers the other adapters' names stand, which are no obstacle.
+        taken.update((owner or key).split("."))
+    if name in taken:
+        raise ValueError(
+            f"Adapter name {name!r} is the name of a part of the model and its tensors would be mixed up when saved; "
+            "choose another, as 'task_000'."
+        )
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names of the modules of the base model, as if there were no tuner layers."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, _WrappingLayer)]
+    for name, module in model.named_modules():
+        if name and not any(name.startswith(f"{layer}.") for layer in layers):
+            yield name, module
+
+
+def _labels(model: nn.Module) -> Optional[tuple[dict[int, str], Optional[str]]]:
+    config = getattr(model, "config", None)
+    id2label = getattr(config, "id2label", None)
+    return None if id2label is None else (dict(id2label), getattr(config, "problem_type", None))
+
+
+def _note_image_size(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Tells the adapters the images' size: tokens do not carry it. Has position embeddings fitted to it."""
+    images = args[0] if args else kwargs.get("pixel_values")
+    if isinstance(images, torch.Tensor) and images.dim() == 4:
+        size = (images.shape[2], images.shape[3])
+        for module in model.modules():
+            if isinstance(module, DynammoLayer):
+                module.image_size = size
+        if "interpolate_pos_encoding" not in kwargs and needs_interpolation(model, size):
+            kwargs = {**kwargs, "interpolate_pos_encoding": True}
+    return args, kwargs
+
+
+def _freeze_mode(module: nn.Module) -> None:
+    """Puts every part that has parameters and trains none of them into evaluation mode."""
+    flags = [parameter.requires_grad for parameter in module.parameters()]
+    if flags and not any(flags):
+        module.eval()
+        return
+    for child in module.children():
+        _freeze_mode(child)
+
+
+def _merge_layer(
+    layer: DynammoLayer, adapters: list[str], merged: str, weights: torch.Tensor, combination_type: str
+) -> None:
+    combine = COMBINATIONS[combination_type]
+    for container in layer.adapter_layer_names:
+        entries = getattr(layer, container)
+        if merged not in entries:
+            continue
+        if isinstance(entries, nn.ParameterDict):
+            entries[merged].copy_(combine([entries[name] for name in adapters], weights))
+            continue
+        for key, parameter in entries[merged].named_parameters():
+            parameter.copy_(combine([entries[name].get_parameter(key) for name in adapters], weights))
+        for key, buffer in entries[merged].named_buffers():
+            buffer.copy_(average_statistics([entries[name].get_buffer(key) for name in adapters], weights))
+
+
+def _concatenate_heads(layer: DynammoHead, adapters: list[str], merged: str) -> None:
+    if merged not in layer.dynammo_head:
+        return
+    heads = [layer.dynammo_head[name] for name in adapters]
+    layer.dynammo_head[merged].weight.copy_(torch.cat([head.weight for head in heads]))
+    layer.dynammo_head[merged].bias.copy_(torch.cat([head.bias for head in heads]))
