@@ -3,7 +3,7 @@
 Importing the package registers the method `DYNAMMO` with PEFT.
 """
 
-from .data import ClassIncrementalScenario, ExemplarMemory, Task, resized_image_processor
+from .data import ClassIncrementalScenario, ExemplarMemory, Task, load_image_dataset, resized_image_processor
 from .evaluation import Cost, forward_cost
 from .methods import ACL, METHODS, AdapterMethodArguments, Dynammo, Joint, Method, MethodArguments, Stage
 from .training import Learner, Results
@@ -30,5 +30,6 @@ __all__ = [
     "Task",
     "__version__",
     "forward_cost",
+    "load_image_dataset",
     "resized_image_processor",
 ]

@@ -7,9 +7,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import datasets  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import datasets
+import pytest
+import torch
 
 
 datasets.disable_progress_bars()

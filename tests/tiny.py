@@ -47,7 +47,13 @@ CONFIGS = {
     "resnet_bottleneck": (ResNetConfig(embedding_size=16, layer_type="bottleneck", **_STAGES), 64),
     "swin": (
         SwinConfig(
-            embed_dim=16, depths=[1, 2, 1], num_heads=[1, 2, 4], window_size=4, image_size=32, patch_size=2, num_labels=3
+            embed_dim=16,
+            depths=[1, 2, 1],
+            num_heads=[1, 2, 4],
+            window_size=4,
+            image_size=32,
+            patch_size=2,
+            num_labels=3,
         ),
         32,
     ),
@@ -82,6 +88,9 @@ def tiny_dataset(classes=4, per_class=6, size=24, seed=0, names=None):
             images.append(Image.fromarray((colours[label] + noise).clip(0, 255).astype("uint8")))
             labels.append(label)
     features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names or [f"class {i}" for i in range(classes)])}
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=names or [f"class {i}" for i in range(classes)]),
+        }
     )
     return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)

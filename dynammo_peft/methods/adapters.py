@@ -109,6 +109,10 @@ class AdapterMethod(Method):
         self.model.set_adapter(name)
 
     @property
+    def inference_adapters(self) -> list[str]:
+        return list(self.adapters)
+
+    @property
     def head_sizes(self) -> tuple[int, ...]:
         """Number of classes of each adapter's head."""
         return tuple(len(self.model.peft_config[name].class_names) for name in self.adapters)

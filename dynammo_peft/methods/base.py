@@ -132,6 +132,11 @@ class Method(ABC):
     def learn(self, task: Task) -> Iterator[Stage]:
         """Learns a task: a generator of training loops, each run before the generator goes on."""
 
+    @property
+    @abstractmethod
+    def inference_adapters(self) -> list[str]:
+        """Names of the adapters that `logits` needs: what to save for inference."""
+
     @abstractmethod
     def logits(self, images: Tensor) -> Tensor:
         """

@@ -38,6 +38,10 @@ class Dynammo(TwoStageMethod):
             yield from self.train_heads(heads, self.features(balanced, MERGED), balanced.labels)
         self.model.set_adapter(MERGED, inference_mode=True)
 
+    @property
+    def inference_adapters(self) -> list[str]:
+        return [MERGED]
+
     def logits(self, images: Tensor) -> Tensor:
         return self.model(pixel_values=images).logits
 

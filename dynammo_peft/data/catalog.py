@@ -1,0 +1,54 @@
+"""Data sets by name."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import datasets
+from PIL import Image
+
+
+def load_image_dataset(
+    name: str,
+    config_name: Optional[str] = None,
+    data_dir: Optional[str] = None,
+    train_split: str = "train",
+    test_split: Optional[str] = "test",
+) -> tuple[datasets.Dataset, Optional[datasets.Dataset]]:
+    """
+    Args:
+        name (`str`): `"digits"` (scikit-learn's, no download), `"imagefolder"` for folders of images, or any data set
+            on the Hub.
+        config_name (`Optional[str]`): Which configuration of the data set.
+        data_dir (`Optional[str]`): For `"imagefolder"`: a folder with `train/<class>/` and `test/<class>/`.
+        train_split (`str`): Name of the split with training images.
+        test_split (`Optional[str]`): Name of the split with test images; `None` if there is none.
+
+    Returns:
+        `tuple[datasets.Dataset, Optional[datasets.Dataset]]`: Training and test images.
+
+    Raises:
+        ValueError: If a split does not exist.
+    """
+    splits = digits() if name == "digits" else datasets.load_dataset(name, config_name, data_dir=data_dir)
+    for option, split in (("train_split", train_split), ("test_split", test_split)):
+        if split is not None and split not in splits:
+            raise ValueError(
+                f"{option}={split!r} does not exist in data set {name!r}; choose one of {', '.join(splits)}"
+                f"{', or none and a validation_fraction' if option == 'test_split' else ''}."
+            )
+    return splits[train_split], None if test_split is None else splits[test_split]
+
+
+def digits() -> datasets.DatasetDict:
+    """Scikit-learn's 1797 handwritten digits of 8x8 pixels; 30% of each class are test images."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = (bunch.images * (255 / 16)).round().astype("uint8")
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in bunch.target_names])}
+    )
+    columns = {"image": [Image.fromarray(image) for image in pixels], "label": bunch.target}
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    return dataset.train_test_split(test_size=0.3, seed=0, stratify_by_column="label")

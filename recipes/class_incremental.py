@@ -1,0 +1,284 @@
+"""Learns classes task by task: any method, any image data set, any backbone.
+
+Plainly, or on whatever `accelerate config` describes, with options from a YAML file and the command line:
+
+    python recipes/class_incremental.py recipes/quickstart.yaml
+    accelerate launch recipes/class_incremental.py recipes/blood_cells.yaml --method acl --seed 1
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
+
+import dynammo_peft
+from dynammo_peft import METHODS, ClassIncrementalScenario, DynammoConfig, Learner, Method, Results, Task
+from dynammo_peft.data import load_image_dataset, resized_image_processor
+from dynammo_peft.hub import save_model
+from dynammo_peft.tuner.config import Preset, Scoring
+
+
+logger = logging.getLogger("class_incremental")
+
+
+@dataclass
+class RunArguments:
+    """What to run, and where results go."""
+
+    method: str = field(default="dynammo", metadata={"help": f"One of {', '.join(METHODS)}."})
+    output_dir: str = field(default="outputs/run", metadata={"help": "Folder for the model and results.json."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace output_dir if it is there."})
+    save_task_adapters: bool = field(default=False, metadata={"help": "Save every task's adapter too."})
+    eval_batch_size: int = field(default=64, metadata={"help": "Test images a step and process."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches whose gradients are added up."})
+    report_to: list[str] = field(
+        default_factory=list, metadata={"help": "Trackers of Accelerate, as 'tensorboard' or 'wandb'."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """The backbone and its adapters."""
+
+    model_name_or_path: Optional[str] = field(
+        default=None, metadata={"help": "Pretrained image classifier, on the Hub or in a folder."}
+    )
+    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    model_type: Optional[str] = field(
+        default=None, metadata={"help": "Instead of a pretrained one: a new model of this type, as 'convnext'."}
+    )
+    config_overrides: Optional[str] = field(
+        default=None, metadata={"help": "Settings of the new model's configuration: a mapping, as JSON."}
+    )
+    image_size: Optional[int] = field(
+        default=None, metadata={"help": "Height and width to resize images to, in pixels; the processor's if unset."}
+    )
+    preset: Preset = field(default="default", metadata={"help": "Adapters as in the 'paper', or the 'default'."})
+    target_modules: Optional[list[str]] = field(
+        default=None, metadata={"help": "Blocks to put adapters in front of; they follow from the model if unset."}
+    )
+    reduction_factor: Optional[int] = field(
+        default=None, metadata={"help": "Channels over bottleneck channels; chosen by cost if unset."}
+    )
+    scoring: Optional[Scoring] = field(default=None, metadata={"help": "How the heads of tasks are compared."})
+
+
+@dataclass
+class DataArguments:
+    """The data set and its tasks."""
+
+    dataset_name: str = field(
+        default="imagefolder", metadata={"help": "'imagefolder' with data_dir, 'digits', or a data set on the Hub."}
+    )
+    dataset_config_name: Optional[str] = field(default=None, metadata={"help": "Configuration of the data set."})
+    data_dir: Optional[str] = field(
+        default=None, metadata={"help": "For 'imagefolder': folder with train/<class>/ and test/<class>/."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Name of the split with training images."})
+    test_split: Optional[str] = field(default="test", metadata={"help": "Name of the split with test images."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(default="label", metadata={"help": "Column of the labels, a ClassLabel."})
+    classes_per_task: Optional[int] = field(default=None, metadata={"help": "Classes in each task."})
+    groups: Optional[str] = field(
+        default=None, metadata={"help": "Instead of classes_per_task: lists of the tasks' class names, as JSON."}
+    )
+    class_order_seed: Optional[int] = field(
+        default=None, metadata={"help": "Seed of the class order; the labels' own order if unset."}
+    )
+    validation_fraction: float = field(
+        default=0.0, metadata={"help": "Hold out this share of the training images and measure on them instead."}
+    )
+    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror training images left to right at random."})
+    vertical_flip: bool = field(default=False, metadata={"help": "Mirror training images top to bottom at random."})
+    crop_padding: float = field(default=0.125, metadata={"help": "Largest random shift, as a share of the image."})
+
+
+def parse_arguments(argv: list[str]) -> tuple[RunArguments, ModelArguments, DataArguments, Any]:
+    """Options from an optional YAML file, the first argument, and then from the command line, which wins.
+
+    Raises:
+        ValueError: If the file holds an option that does not exist, or the method does not.
+    """
+    options: dict[str, Any] = {}
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        options = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}
+        argv = argv[1:]
+    first = HfArgumentParser([RunArguments], add_help=False, allow_abbrev=False)
+    first.set_defaults(**{"method": options.get("method", RunArguments.method)})
+    name = first.parse_args_into_dataclasses(argv, return_remaining_strings=True)[0].method
+    if name not in METHODS:
+        raise ValueError(f"method={name!r} does not exist; choose one of {', '.join(METHODS)}.")
+    groups = [RunArguments, ModelArguments, DataArguments, METHODS[name].arguments_cls]
+    parser = HfArgumentParser(groups, description=__doc__, allow_abbrev=False)
+    unknown = sorted(set(options) - {action.dest for action in parser._actions})
+    if unknown:
+        raise ValueError(f"Option {unknown[0]!r} does not exist for method {name!r}; see --help for those that do.")
+    parser.set_defaults(**options)
+    parsed = parser.parse_args_into_dataclasses(argv)
+    _, model_args, data_args, _ = parsed
+    model_args.config_overrides = _structured("config_overrides", model_args.config_overrides)
+    data_args.groups = _structured("groups", data_args.groups)
+    return parsed
+
+
+def _structured(option: str, value: Any) -> Any:
+    """A list or mapping: as it is from YAML, as JSON from the command line."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f'--{option} is no JSON ({error}); write it as in \'[["a", "b"], ["c"]]\'.') from error
+
+
+def load_model(args: ModelArguments) -> tuple[transformers.PreTrainedModel, Any]:
+    """The image classifier and its image processor, from the Hub or a folder, or new."""
+    if (args.model_name_or_path is None) == (args.model_type is None):
+        raise ValueError("Set either model_name_or_path (a pretrained model) or model_type (a new one).")
+    if args.model_type is not None:
+        config = AutoConfig.for_model(args.model_type, **(args.config_overrides or {}))
+        size = args.image_size or getattr(config, "image_size", 224)
+        model = AutoModelForImageClassification.from_config(config)
+        return model, transformers.ViTImageProcessorPil(size={"height": size, "width": size})
+    model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, revision=args.revision)
+    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.revision)
+    return model, resized_image_processor(processor, args.image_size) if args.image_size else processor
+
+
+def load_scenario(args: DataArguments, image_processor: Any, progress: bool) -> ClassIncrementalScenario:
+    """The tasks, with all images decoded."""
+    train, test = load_image_dataset(
+        args.dataset_name, args.dataset_config_name, args.data_dir, args.train_split, args.test_split
+    )
+    return ClassIncrementalScenario(
+        train,
+        test,
+        image_processor,
+        classes_per_task=args.classes_per_task,
+        groups=args.groups,
+        seed=args.class_order_seed,
+        validation_fraction=args.validation_fraction,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        horizontal_flip=args.horizontal_flip,
+        vertical_flip=args.vertical_flip,
+        crop_padding=args.crop_padding,
+        progress=progress,
+    )
+
+
+def report_task(accelerator: Accelerator, task: Task, results: Results) -> None:
+    """One line for a task just learned."""
+    measures = results.metrics()
+    by_task = " ".join(f"{accuracy:.3f}" for accuracy in measures["accuracy_matrix"][-1])
+    accelerator.print(
+        f"Task {task.index + 1}/{len(results.groups)} ({', '.join(task.class_names)}): accuracy "
+        f"{measures['last_accuracy']:.3f} on {task.seen_classes} classes (by task: {by_task}), "
+        f"{results.seconds[-1]:.0f} s"
+    )
+
+
+def report_cost(method: Method, scenario: ClassIncrementalScenario) -> dict[str, Any]:
+    """What one image costs with all tasks learned, and with the base model alone."""
+    model, device = method.model, method.accelerator.device
+    image = torch.zeros(1, 3, *scenario.image_size, device=device)
+    learned = dynammo_peft.forward_cost(model, lambda: method.logits(image))
+    with model.disable_adapter():
+        base = dynammo_peft.forward_cost(model, lambda: model(pixel_values=image))
+    return {
+        "multiply_adds": learned.multiply_adds,
+        "multiply_adds_base": base.multiply_adds,
+        "ratio": learned.flops / base.flops,
+        "parameters": learned.parameters,
+        "parameters_base": base.parameters,
+    }
+
+
+def run(argv: list[str]) -> tuple[Method, Results]:
+    """Everything: parses `argv`, learns all tasks, reports and saves.
+
+    Raises:
+        ValueError: If an option or the data are unusable; nothing was trained or written then.
+    """
+    args, model_args, data_args, method_args = parse_arguments(argv)
+    if os.path.exists(args.output_dir) and os.listdir(args.output_dir) and not args.overwrite_output_dir:
+        raise ValueError(f"output_dir={args.output_dir!r} is not empty; choose another or set overwrite_output_dir.")
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to or None,
+        project_dir=f"{args.output_dir}-logs" if args.report_to else None,
+    )
+    transformers.set_seed(method_args.seed)
+    model, image_processor = load_model(model_args)
+    with accelerator.main_process_first():
+        scenario = load_scenario(data_args, image_processor, progress=accelerator.is_main_process)
+    config = DynammoConfig(
+        preset=model_args.preset,
+        target_modules=model_args.target_modules,
+        reduction_factor=model_args.reduction_factor,
+        scoring=model_args.scoring,
+    )
+    method = METHODS[args.method](model, method_args, config)
+    options = {
+        key: value for part in (args, model_args, data_args, method_args) for key, value in asdict(part).items()
+    }
+    if args.report_to:
+        accelerator.init_trackers("dynammo_peft", config=json.loads(json.dumps(options, default=str)))
+    learner = Learner(method, accelerator, args.eval_batch_size)
+    results = learner.fit(scenario, after_task=lambda task, results: report_task(accelerator, task, results))
+    if accelerator.is_main_process:
+        finish(args, model_args, method, method_args, scenario, image_processor, results, options)
+    accelerator.end_training()
+    return method, results
+
+
+def finish(
+    args: RunArguments,
+    model_args: ModelArguments,
+    method: Method,
+    method_args: Any,
+    scenario: ClassIncrementalScenario,
+    image_processor: Any,
+    results: Results,
+    options: dict[str, Any],
+) -> None:
+    """Reports the measures and the cost, and saves the model and `results.json`."""
+    measures, cost = results.metrics(), report_cost(method, scenario)
+    print(
+        f"Last accuracy {measures['last_accuracy']:.3f}, average incremental accuracy "
+        f"{measures['average_incremental_accuracy']:.3f}, forgetting {measures['forgetting']:.3f}, mean class recall "
+        f"{measures['mean_class_recall']:.3f}"
+    )
+    print(
+        f"One forward pass: {cost['multiply_adds'] / 1e6:.1f} M multiply-adds, {cost['ratio']:.3f} times the base "
+        f"model's {cost['multiply_adds_base'] / 1e6:.1f} M; {cost['parameters'] / 1e6:.2f} M parameters against "
+        f"{cost['parameters_base'] / 1e6:.2f} M"
+    )
+    adapters = list(method.model.peft_config) if args.save_task_adapters else method.inference_adapters
+    trained_backbone = model_args.model_name_or_path is None or getattr(method_args, "train_backbone", False)
+    save_model(method.model, args.output_dir, adapters, image_processor, save_backbone=trained_backbone)
+    results.save(Path(args.output_dir) / "results.json", options=options, cost=cost)
+    print(f"Saved to {args.output_dir}: {', '.join(adapters)}")
+
+
+def main() -> None:
+    """Runs the command line; bad input ends in one line."""
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        run(sys.argv[1:])
+    except ValueError as error:
+        logger.debug("Traceback:", exc_info=True)
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

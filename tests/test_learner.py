@@ -1,0 +1,396 @@
+"""The task loop: training steps, mixed precision, progress, predictions and what is written."""
+
+import gc
+import json
+import math
+from typing import ClassVar
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import GeneralTracker
+from peft import PeftModel
+from tiny import tiny_dataset, tiny_model, tiny_processor
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from dynammo_peft import (
+    AdapterMethodArguments,
+    ClassIncrementalScenario,
+    Dynammo,
+    DynammoConfig,
+    Learner,
+    Method,
+    MethodArguments,
+    Results,
+    Stage,
+)
+from dynammo_peft.methods import Optimization
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_garbage_collection():
+    # Accelerate collects garbage after every stage; all that was imported need not be searched each time.
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def forget_settings():
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator_before():
+    # The settings of an Accelerator hold for the whole process.
+    forget_settings()
+    yield
+    forget_settings()
+
+
+def coloured_tasks(classes=6, size=32, per_class=8, classes_per_task=2, **options):
+    train, test = tiny_dataset(classes, per_class), tiny_dataset(classes, 4, seed=1)
+    processor = tiny_processor(size)
+    return ClassIncrementalScenario(
+        train, test, processor, classes_per_task=classes_per_task, progress=False, **options
+    )
+
+
+class Observed(Optimization):
+    """Remembers the optimizers and schedules it has made."""
+
+    made: ClassVar[list] = []
+
+    def make(self, network, steps):
+        self.made.append(super().make(network, steps))
+        return self.made[-1]
+
+
+class Pixels(Method):
+    """A method of one's own: a linear layer on the pixels, trained on each task."""
+
+    name = "pixels"
+
+    def __init__(self, classes, width=3 * 8 * 8, **options):
+        super().__init__(nn.Linear(width, classes), MethodArguments(seed=4))
+        settings = {"optimizer": "sgd", "learning_rate": 0.01, "weight_decay": 0.0, "epochs": 3, "batch_size": 8}
+        self.optimization = Observed(**settings | {"schedule": "cosine"} | options)
+        self.batches = []
+
+    def learn(self, task):
+        def observe(network, pixels, labels):
+            self.batches.append(len(labels))
+            logits = network(pixels)
+            return F.cross_entropy(logits, labels), logits.argmax(dim=1) == labels
+
+        # Not the images themselves, which would be augmented.
+        data = TensorDataset(self.transform(task.train.images).flatten(1), task.train.labels)
+        yield Stage("pixels", self.model, data, observe, self.optimization)
+
+    @property
+    def inference_adapters(self):
+        return []
+
+    def logits(self, images):
+        return self.model(images.flatten(1))
+
+
+def short(**changes):
+    options = {"memory_size": 12, "adapter_epochs": 1, "adapter_batch_size": 8, "head_epochs": 2, "head_batch_size": 8}
+    return AdapterMethodArguments(**options | changes)
+
+
+def fit(method, scenario, accelerator=None, **options):
+    learner = Learner(method, accelerator or Accelerator(cpu=True), progress=False)
+    return learner.fit(scenario, **options)
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def equal(first, second):
+    return set(first) == set(second) and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(16, 1), (8, 2), (4, 4)])
+def test_training_is_gradient_descent(batch_size, accumulation):
+    # All 16 images make one step, at once or in equal parts, so that their order does not matter.
+    scenario = coloured_tasks(classes=2, size=8)
+    method = Pixels(2, batch_size=batch_size, epochs=5)
+    weight, bias = (parameter.detach().clone() for parameter in method.model.parameters())
+    fit(method, scenario, Accelerator(cpu=True, gradient_accumulation_steps=accumulation))
+
+    task = scenario[0]
+    pixels = scenario.transform(task.train.images).flatten(1)
+    velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for step in range(5):
+        error = (pixels @ weight.T + bias).softmax(dim=1) - F.one_hot(task.train.labels)
+        gradients = [error.T @ pixels / 16, error.mean(dim=0)]
+        velocity = [0.9 * before + gradient for before, gradient in zip(velocity, gradients)]
+        rate = 0.01 * (1 + math.cos(math.pi * step / 5)) / 2
+        weight, bias = weight - rate * velocity[0], bias - rate * velocity[1]
+    torch.testing.assert_close(method.model.weight.detach(), weight)
+    torch.testing.assert_close(method.model.bias.detach(), bias)
+
+
+@pytest.mark.parametrize(
+    ("per_class", "batch_size", "accumulation", "updates"),
+    [
+        (8, 8, 1, 3 * 2),
+        (8, 4, 2, 3 * 2),
+        # Three batches an epoch: the last is a step of its own.
+        (5, 4, 2, 3 * 2),
+        (5, 4, 8, 3 * 1),
+    ],
+)
+def test_the_schedule_ends_with_the_last_update(per_class, batch_size, accumulation, updates):
+    Observed.made.clear()
+    method = Pixels(2, batch_size=batch_size, optimizer="adam")
+    scenario = coloured_tasks(classes=2, size=8, per_class=per_class)
+    fit(method, scenario, Accelerator(cpu=True, gradient_accumulation_steps=accumulation))
+    ((optimizer, scheduler),) = Observed.made
+    assert {int(values["step"]) for values in optimizer.state.values()} == {updates}
+    assert scheduler.last_epoch == updates
+    assert scheduler.get_last_lr() == [pytest.approx(0, abs=1e-12)]
+
+
+@pytest.mark.parametrize(
+    ("images", "batches"),
+    [(16, [8, 8]), (15, [8, 7]), (17, [8, 8]), (18, [8, 8, 2]), (8, [8]), (2, [2])],
+)
+def test_only_a_last_batch_of_one_image_is_left_out(images, batches):
+    train = tiny_dataset(2, 9).select([row for row in range(18) if (row % 9) * 2 + row // 9 < images])
+    scenario = ClassIncrementalScenario(
+        train, tiny_dataset(2, 1), tiny_processor(8), classes_per_task=2, progress=False
+    )
+    method = Pixels(2, epochs=2)
+    fit(method, scenario)
+    assert method.batches == batches * 2
+
+
+def test_batch_norm_meets_no_single_image():
+    # 17 images in batches of 8; on 24 pixels the paper's adapter has maps of one pixel between its convolutions.
+    train = tiny_dataset(2, 9).select(range(17))
+    scenario = ClassIncrementalScenario(
+        train, tiny_dataset(2, 4, seed=1), tiny_processor(24), classes_per_task=2, progress=False
+    )
+    method = Dynammo(tiny_model("vit"), short(), DynammoConfig(preset="paper"))
+    assert len(fit(method, scenario).references) == 8
+    assert method.model.base_model.peft_config["merged"].padding == 0
+
+
+def test_predictions_on_all_classes_seen_after_each_task():
+    scenario = coloured_tasks(size=8, groups=[["class 3"], ["class 0", "class 5"], ["class 1"]], classes_per_task=None)
+    expected = []
+    method = Pixels(4)
+
+    def predict(task, results):
+        seen = [scenario[index].test for index in range(task.index + 1)]
+        images = scenario.transform(torch.cat([part.images for part in seen])).flatten(1)
+        expected.append(method.model(images).argmax(dim=1).tolist())
+
+    results = fit(method, scenario, after_task=predict)
+    assert results.predictions == [prediction for task in expected for prediction in task]
+    assert results.references == [0] * 4 + [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert results.after_task == [0] * 4 + [1] * 12 + [2] * 16
+    assert results.groups == scenario.groups
+    assert len(results.seconds) == 3
+    assert all(second > 0 for second in results.seconds)
+    right = [prediction == reference for prediction, reference in zip(results.predictions, results.references)]
+    metrics = results.metrics()
+    assert metrics["last_accuracy"] == pytest.approx(sum(right[16:]) / 16)
+    average = (sum(right[:4]) / 4 + sum(right[4:16]) / 12 + sum(right[16:]) / 16) / 3
+    assert metrics["average_incremental_accuracy"] == pytest.approx(average)
+    assert [len(row) for row in metrics["accuracy_matrix"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("eval_batch_size", [1, 5])
+def test_the_evaluation_batch_does_not_matter(eval_batch_size):
+    scenario = coloured_tasks(size=8)
+    methods = [Pixels(6), Pixels(6)]
+    methods[1].model.load_state_dict(methods[0].model.state_dict())
+    reference = fit(methods[0], scenario)
+    results = Learner(methods[1], Accelerator(cpu=True), eval_batch_size, progress=False).fit(scenario)
+    assert results.predictions == reference.predictions
+    assert results.references == reference.references
+
+
+def test_after_task_is_called_after_each_task():
+    calls = []
+
+    def note(task, results):
+        measures = results.metrics()
+        calls.append((task.index, len(results.seconds), len(measures["accuracy_matrix"]), method.model.training))
+
+    method = Dynammo(tiny_model("vit"), short())
+    results = fit(method, coloured_tasks(classes=4), after_task=note)
+    assert calls == [(0, 1, 1, False), (1, 2, 2, False)]
+    assert isinstance(results, Results)
+
+
+def test_the_seed_decides_everything():
+    runs = []
+    for seed in (0, 0, 1):
+        # What happened before must not matter.
+        torch.manual_seed(100 + len(runs))
+        scenario = coloured_tasks(classes=4)
+        method = Dynammo(tiny_model("vit"), short(seed=seed, selection="random"))
+        results = fit(method, scenario)
+        runs.append((state(method.model), results.metrics(), method.memory.images().rows.tolist()))
+    assert equal(runs[0][0], runs[1][0])
+    assert runs[0][1:] == runs[1][1:]
+    assert not equal(runs[0][0], runs[2][0])
+    assert runs[0][2] != runs[2][2]
+
+
+def test_mixed_precision_is_for_training_and_testing_only():
+    training, testing = [], []
+
+    class Noting(Dynammo):
+        def logits(self, images):
+            testing.append(torch.is_autocast_enabled("cpu"))
+            return super().logits(images)
+
+    def note(module, inputs):
+        if torch.is_grad_enabled():
+            training.append(torch.is_autocast_enabled("cpu"))
+
+    scenario = coloured_tasks(classes=4)
+    method = Noting(tiny_model("vit"), short(memory_size=16))
+    method.model.vit.embeddings.register_forward_pre_hook(note)
+    fit(method, scenario, Accelerator(cpu=True, mixed_precision="bf16"))
+    # Batches of 8: 16 images in the first task, in the second one 8 exemplars of each old class more.
+    assert training == [True] * (2 + 4)
+    assert testing == [True] * 2
+
+    model = method.model
+    tensors = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    assert model.forward.__func__ is PeftModel.forward
+    assert not any("_original_forward" in vars(module) for module in model.modules())
+    images = scenario.transform(scenario[0].test.images)
+    training.clear()
+    logits = model(images).logits
+    assert training == [False]
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, method.logits(images))
+
+
+def test_mixed_precision_reaches_the_heads():
+    scenario = coloured_tasks(classes=2, size=8)
+    kinds = []
+    method = Pixels(2)
+    method.model.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    fit(method, scenario, Accelerator(cpu=True, mixed_precision="bf16"))
+    assert set(kinds) == {torch.bfloat16}
+    assert method.model.weight.dtype == torch.float32
+    assert method.model.forward.__func__ is nn.Linear.forward
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_progress_bar(capsys, progress):
+    scenario = coloured_tasks(classes=4)
+    capsys.readouterr()
+    Learner(Dynammo(tiny_model("vit"), short(adapter_epochs=2)), Accelerator(cpu=True), progress=progress).fit(
+        scenario
+    )
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    if progress:
+        for words in ("Task 1/2, adapter, epoch 2/2", "Task 2/2, adapter, epoch 2/2", "Task 2/2, heads, epoch 2/2"):
+            assert words in shown.err
+        assert "loss=" in shown.err
+        assert "accuracy=" in shown.err
+        # 16 images in batches of 8, twice.
+        assert "4/4" in shown.err
+        assert "Task 1/2, heads" not in shown.err
+    else:
+        assert shown.err == ""
+
+
+class Notebook(GeneralTracker):
+    """Keeps what is logged."""
+
+    name = "notebook"
+    requires_logging_directory = False
+    tracker = None
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **kwargs):
+        self.logged.append((step, values))
+
+
+def test_trackers_get_losses_and_measures():
+    notebook = Notebook()
+    accelerator = Accelerator(cpu=True, log_with=notebook)
+    accelerator.init_trackers("test")
+    # A rate of zero: nothing changes, so that the numbers can be worked out afterwards.
+    method = Pixels(4, learning_rate=0.0, epochs=2)
+    scenario = coloured_tasks(classes=4, size=8, per_class=5)
+    results = fit(method, scenario, accelerator)
+    # 10 images, so 2 batches an epoch; two epochs and the measures, for each task.
+    assert [step for step, _ in notebook.logged] == [2, 4, 4, 6, 8, 8]
+    for task, (first, second, measures) in zip(scenario, [notebook.logged[:3], notebook.logged[3:]]):
+        logits = method.logits(scenario.transform(task.train.images))
+        expected = {
+            "pixels/loss": pytest.approx(float(F.cross_entropy(logits, task.train.labels)), rel=1e-4),
+            "pixels/accuracy": pytest.approx(float((logits.argmax(dim=1) == task.train.labels).double().mean())),
+        }
+        assert first[1] == second[1] == expected
+        assert measures[1]["task"] == task.index
+        assert measures[1]["task_seconds"] == results.seconds[task.index]
+    final = {name: value for name, value in results.metrics().items() if name != "accuracy_matrix"}
+    assert notebook.logged[-1][1].items() >= final.items()
+
+
+def test_results_are_written_as_json(tmp_path):
+    results = Results([["cat"], ["dog", "cow"], ["owl"]])
+    results.add(0, [0, 1], [0, 0], 1.5)
+    results.add(1, [0, 1, 1, 2], [0, 0, 1, 2], 2.5)
+    path = tmp_path / "results.json"
+    results.save(path, method="dynammo", seed=1)
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "method": "dynammo",
+        "seed": 1,
+        "tasks": [["cat"], ["dog", "cow"], ["owl"]],
+        "seconds": [1.5, 2.5],
+        "accuracy_matrix": [[1 / 2], [1 / 2, 2 / 2]],
+        "last_accuracy": pytest.approx(3 / 4),
+        "average_incremental_accuracy": pytest.approx((1 / 2 + 3 / 4) / 2),
+        "forgetting": 0.0,
+        "backward_transfer": 0.0,
+        "mean_class_recall": pytest.approx((1 / 2 + 1 / 1 + 1 / 1) / 3),
+    }
+
+
+def test_results_before_the_first_task():
+    with pytest.raises(ValueError, match=r"Learner\.fit"):
+        Results([["cat"]]).metrics()
+
+
+def test_a_method_is_used_once():
+    scenario = coloured_tasks(classes=2)
+    method = Dynammo(tiny_model("vit"), short())
+    fit(method, scenario)
+    before = state(method.model)
+    with pytest.raises(ValueError, match="'class 0' was learned already"):
+        fit(method, scenario)
+    assert equal(before, state(method.model))
+
+
+def test_a_learner_makes_its_own_accelerator():
+    method = Pixels(2)
+    learner = Learner(method, progress=False)
+    assert isinstance(learner.accelerator, Accelerator)
+    assert len(learner.fit(coloured_tasks(classes=2, size=8)).references) == 8

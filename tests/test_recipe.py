@@ -1,0 +1,196 @@
+"""The recipe as a user runs it: real command lines, real files, new processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny import tiny_dataset, tiny_model, tiny_processor
+
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes" / "class_incremental.py"
+sys.path.insert(0, str(RECIPE.parent))
+
+from class_incremental import parse_arguments, run  # noqa: E402
+
+
+LOAD = """
+import sys, torch, dynammo_peft
+from peft import AutoPeftModel
+from transformers import AutoModelForImageClassification
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+directory, images, out = sys.argv[1:]
+base = AutoModelForImageClassification.from_pretrained(directory + "/backbone")
+pixels = load_file(images)["pixels"]
+with torch.no_grad():
+    one = PeftModel.from_pretrained(base, directory + "/merged").eval()(pixels).logits
+    two = AutoPeftModel.from_pretrained(directory + "/merged").eval()(pixels).logits
+save_file({"peft": one, "auto": two}, out)
+"""
+
+
+def image_folder(root, classes=4, per_class=6, names=None):
+    """Folders `train/<class>/` and `test/<class>/` of drawn images."""
+    for split, seed in (("train", 0), ("test", 1)):
+        data = tiny_dataset(classes, per_class, seed=seed, names=names)
+        for index, row in enumerate(data):
+            folder = root / split / data.features["label"].names[row["label"]]
+            folder.mkdir(parents=True, exist_ok=True)
+            row["image"].save(folder / f"{index:03d}.png")
+    return root
+
+
+def small_run(tmp_path, **options):
+    """A YAML file for a run of seconds on an image folder, with a tiny model from disk."""
+    model = tmp_path / "model"
+    tiny_model("vit").save_pretrained(model)
+    tiny_processor(32).save_pretrained(model)
+    settings = {
+        "model_name_or_path": str(model),
+        "data_dir": str(image_folder(tmp_path / "data")),
+        "output_dir": str(tmp_path / "out"),
+        "classes_per_task": 2,
+        "memory_size": 8,
+        "adapter_epochs": 2,
+        "adapter_batch_size": 8,
+        "head_epochs": 5,
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**settings, **options}))
+    return path
+
+
+def fails_with(arguments, *expected):
+    """Runs the recipe in a new process; it must end in one line that holds all of `expected`."""
+    done = subprocess.run([sys.executable, RECIPE, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0
+    error = done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    for text in expected:
+        assert text in error
+
+
+def test_a_saved_model_gives_the_same_logits_in_a_new_process(tmp_path):
+    path = small_run(tmp_path, train_backbone=True)
+    method, results = run([str(path)])
+    pixels = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = method.logits(pixels)
+    save_file({"pixels": pixels}, tmp_path / "pixels.safetensors")
+    arguments = [str(tmp_path / name) for name in ("out", "pixels.safetensors", "logits.safetensors")]
+    subprocess.run([sys.executable, "-c", LOAD, *arguments], check=True, cwd=ROOT)
+    found = load_file(tmp_path / "logits.safetensors")
+    assert torch.equal(found["peft"], expected)
+    assert torch.equal(found["auto"], expected)
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert report["last_accuracy"] == results.metrics()["last_accuracy"]
+    assert report["tasks"] == [["class 0", "class 1"], ["class 2", "class 3"]]
+    assert report["cost"]["multiply_adds"] > report["cost"]["multiply_adds_base"] > 0
+
+
+def test_two_processes_print_and_save_once_and_average_their_statistics(tmp_path):
+    path = small_run(tmp_path, save_task_adapters=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, RECIPE, path], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Task 2/2 (class 2, class 3): accuracy") == 1
+    assert sorted(folder.name for folder in (tmp_path / "out").iterdir() if folder.is_dir()) == [
+        "merged",
+        "task_000",
+        "task_001",
+    ]
+    parts = [load_file(tmp_path / "out" / name / "adapter_model.safetensors") for name in ("task_000", "task_001")]
+    merged = load_file(tmp_path / "out" / "merged" / "adapter_model.safetensors")
+    key = next(key for key in merged if key.endswith("dynammo_up_norm.running_var"))
+    torch.testing.assert_close(merged[key], (parts[0][key] + parts[1][key]) / 2)
+
+
+@pytest.mark.parametrize("method", ["acl", "joint"])
+def test_other_methods_run_from_the_same_file(tmp_path, method):
+    trained, results = run([str(small_run(tmp_path)), "--method", method])
+    assert len(results.seconds) == 2
+    for name in trained.inference_adapters:
+        assert (tmp_path / "out" / name / "adapter_model.safetensors").exists()
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("memory_size: 30\nclasses_per_task: 3\nadapter_learning_rate: 0.5\n")
+    _, model_args, data_args, method_args = parse_arguments(
+        [str(path), "--memory_size", "7", "--groups", '[["a", "b"], ["c"]]', "--config_overrides", '{"depths": [1]}']
+    )
+    assert (method_args.memory_size, method_args.adapter_learning_rate) == (7, 0.5)
+    assert (data_args.groups, data_args.classes_per_task) == ([["a", "b"], ["c"]], 3)
+    assert model_args.config_overrides == {"depths": [1]}
+
+
+def test_every_recipe_file_holds_only_options_that_exist():
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        parse_arguments([str(path)])
+
+
+def test_an_unknown_option_in_a_file_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("memory_seize: 30\n")
+    with pytest.raises(ValueError, match="'memory_seize' does not exist"):
+        parse_arguments([str(path)])
+
+
+def test_an_unknown_option_on_the_command_line_ends_in_one_line(tmp_path):
+    fails_with([small_run(tmp_path), "--memory_seize", "3"], "--memory_seize")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"memory_size": 3}, ["memory_size=3", "4 classes"]),
+        ({"method": "magic"}, ["'magic'", "dynammo"]),
+        ({"label_column": "kind"}, ["'kind'", "'label'"]),
+        ({"groups": "[['class 0'"}, ["--groups", "JSON"]),
+        ({"preset": "paper", "target_modules": ["layers.0"], "image_size": 8}, ["too small", "padding=1"]),
+        ({"adapter_optimizer": "lion"}, ["optimizer='lion'", "adamw"]),
+    ],
+)
+def test_bad_input_stops_before_anything_is_written(tmp_path, options, expected):
+    if "groups" in options:
+        options["classes_per_task"] = None
+    with pytest.raises(ValueError) as caught:
+        run([str(small_run(tmp_path, **options))])
+    assert "\n" not in str(caught.value)
+    for text in expected:
+        assert text in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corrupt_image_ends_in_one_line_with_its_path(tmp_path):
+    path = small_run(tmp_path)
+    broken = tmp_path / "data" / "train" / "class 2" / "broken.png"
+    broken.write_bytes(b"no image")
+    fails_with([path], str(broken))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_output_folder_is_refused_unless_told_otherwise(tmp_path):
+    path = small_run(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("keep")
+    with pytest.raises(ValueError, match="overwrite_output_dir"):
+        run([str(path)])
+    assert (tmp_path / "out" / "precious.txt").read_text() == "keep"
+
+
+def test_class_names_may_hold_any_character(tmp_path):
+    names = ["naïve: cell", 'quoted "cell"', "Zelle ä", "細胞"]
+    image_folder(tmp_path / "other", names=names)
+    path = small_run(tmp_path, data_dir=str(tmp_path / "other"))
+    method, _ = run([str(path)])
+    assert sorted(method.model.config.id2label.values()) == sorted(names)
