@@ -228,9 +228,7 @@ def run(argv: list[str]) -> tuple[Method, Results]:
         scoring=model_args.scoring,
     )
     method = METHODS[args.method](model, method_args, config)
-    options = {
-        key: value for part in (args, model_args, data_args, method_args) for key, value in asdict(part).items()
-    }
+    options = {**asdict(args), **asdict(model_args), **asdict(data_args), **asdict(method_args)}
     if args.report_to:
         accelerator.init_trackers("dynammo_peft", config=json.loads(json.dumps(options, default=str)))
     learner = Learner(method, accelerator, args.eval_batch_size)

@@ -46,8 +46,8 @@ def save_model(
     """
     Saves adapters with their heads, and what else is needed to use them.
 
-    Writes `<adapter>/adapter_model.safetensors` and its configuration for each adapter, `preprocessor_config.json`, and
-    the backbone into `backbone/` if wanted. All of it appears at once: a directory is either as before or complete.
+    Writes `<adapter>/adapter_model.safetensors` and its configuration for each adapter, `preprocessor_config.json`,
+    and the backbone into `backbone/` if wanted. All of it appears at once: the directory is as before or complete.
 
     Args:
         model (`PeftModel`): The model.

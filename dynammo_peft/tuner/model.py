@@ -30,8 +30,8 @@ class DynammoModel(BaseTuner):
     """
     A backbone with DynaMMo adapters (Qazi et al. 2024, https://arxiv.org/abs/2404.14099).
 
-    Each task has an adapter in front of chosen blocks and a head for its classes. Any number of them is merged into one
-    by [`~DynammoModel.add_weighted_adapter`], so that the forward pass costs the same for any number of tasks. The
+    Each task has an adapter in front of chosen blocks and a head for its classes. Any number of them is merged into
+    one by [`~DynammoModel.add_weighted_adapter`], so that the forward pass costs the same for any number of tasks. The
     backbone is frozen and stays in evaluation mode while adapters are trained.
 
     Args:
