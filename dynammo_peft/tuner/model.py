@@ -92,6 +92,7 @@ class DynammoModel(BaseTuner):
     def _prepare_model(self, peft_config: DynammoConfig, model: nn.Module) -> None:
         if not hasattr(self, "_probe"):
             self._base_labels = _labels(model)
+        if _note_image_size not in model._forward_pre_hooks.values():
             model.register_forward_pre_hook(_note_image_size, with_kwargs=True)
         found = self._probe_blocks(peft_config, model)
         if peft_config.reduction_factor is None:
