@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data import LabelledImages, Task
+from ..data import ClassIncrementalScenario, LabelledImages, Task
 from .adapters import AdapterMethod
 from .base import Stage
 
@@ -26,8 +27,12 @@ class Joint(AdapterMethod):
 
     name = "joint"
 
+    def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
+        super().begin(scenario, accelerator)
+        self._seen: list[Task] = []
+
     def learn(self, task: Task) -> Iterator[Stage]:
-        self._seen = [*getattr(self, "_seen", []), task]
+        self._seen.append(task)
         data = LabelledImages.concatenate([seen.train for seen in self._seen])
         if self.adapters:
             self.adapters.clear()

@@ -92,8 +92,6 @@ class DynammoModel(BaseTuner):
     def _prepare_model(self, peft_config: DynammoConfig, model: nn.Module) -> None:
         if not hasattr(self, "_probe"):
             self._base_labels = _labels(model)
-        if _note_image_size not in model._forward_pre_hooks.values():
-            model.register_forward_pre_hook(_note_image_size, with_kwargs=True)
         found = self._probe_blocks(peft_config, model)
         if peft_config.reduction_factor is None:
             peft_config.reduction_factor = choose_reduction_factor(found, peft_config)
@@ -112,7 +110,8 @@ class DynammoModel(BaseTuner):
                 "AutoModelForImageClassification or set head_module in the DynammoConfig."
             )
         known = getattr(self, "_probe", None)
-        if known is not None and set(blocks) <= set(known.sites) and known.image_size == as_pair(size):
+        enough = known is not None and set(blocks) <= set(known.sites) and (head is None or known.features is not None)
+        if enough and known.image_size == as_pair(size):
             return replace(known, sites={name: known.sites[name] for name in blocks})
         with self._adapters_bypassed(model):
             return probe(model, blocks, head, as_pair(size))
@@ -156,6 +155,7 @@ class DynammoModel(BaseTuner):
             layer = DynammoHead(target, adapter_name, peft_config, self._probe.features)
         else:
             layer = DynammoLayer(target, adapter_name, peft_config, self._probe.sites[current_key])
+            _ImageSizeHook.of(self.model).layers.append(layer)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -213,10 +213,7 @@ class DynammoModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         self._sync_labels([])
-        hooks = self.model._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is _note_image_size]:
-            del hooks[key]
-            self.model._forward_pre_hooks_with_kwargs.pop(key, None)
+        _ImageSizeHook.of(self.model).handle.remove()
         return super().unload()
 
     def _check_merge_allowed(self) -> None:
@@ -311,7 +308,7 @@ class DynammoModel(BaseTuner):
 
         Parameters of the blocks' adapters, alpha among them, are combined by `combination_type`; BatchNorm statistics
         are averaged with the weights normalised to one; heads are placed side by side, so that the new adapter knows
-        the classes of all. The new adapter is frozen and not active. An adapter of that name is replaced.
+        the classes of all. The new adapter is frozen. It replaces an adapter of its name, and is active if that was.
 
         Args:
             adapters (`list[str]`): Names of the adapters, in the order in which their classes shall stand.
@@ -328,7 +325,10 @@ class DynammoModel(BaseTuner):
         mixture = check_weights(weights if weights is not None else [1 / len(adapters)] * len(adapters), len(adapters))
         heads = [head for name in adapters for head in self.peft_config[name].classes or ()]
         config = replace(self.peft_config[adapters[0]], classes=heads or None, inference_mode=True)
+        active = list(self.active_adapters)
         if adapter_name in self.peft_config:
+            if adapter_name in active:
+                self.set_adapter(adapters[0], inference_mode=True)
             self.delete_adapter(adapter_name)
         self.peft_config[adapter_name] = config
         try:
@@ -343,6 +343,8 @@ class DynammoModel(BaseTuner):
                     _concatenate_heads(layer, adapters, adapter_name)
                 elif isinstance(layer, DynammoLayer):
                     _merge_layer(layer, adapters, adapter_name, mixture, combination_type)
+        if adapter_name in active:
+            self.set_adapter(active)
         self.set_requires_grad(adapter_name, requires_grad=False)
 
     def _check_alike(self, adapters: list[str]) -> None:
@@ -403,17 +405,32 @@ def _labels(model: nn.Module) -> Optional[tuple[dict[int, str], Optional[str]]]:
     return None if id2label is None else (dict(id2label), getattr(config, "problem_type", None))
 
 
-def _note_image_size(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Tells the adapters the images' size: tokens do not carry it. Has position embeddings fitted to it."""
-    images = args[0] if args else kwargs.get("pixel_values")
-    if isinstance(images, torch.Tensor) and images.dim() == 4:
-        size = (images.shape[2], images.shape[3])
-        for module in model.modules():
-            if isinstance(module, DynammoLayer):
-                module.image_size = size
-        if "interpolate_pos_encoding" not in kwargs and needs_interpolation(model, size):
-            kwargs = {**kwargs, "interpolate_pos_encoding": True}
-    return args, kwargs
+class _ImageSizeHook:
+    """Runs before the base model: tells the adapters the images' size, which tokens do not carry.
+
+    It also has position embeddings fitted to the size where the model can do that. A copy of the model copies the hook
+    and its references to the layers with it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: list[DynammoLayer] = []
+        self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
+
+    @staticmethod
+    def of(model: nn.Module) -> _ImageSizeHook:
+        """The hook of `model`, which is made if it has none."""
+        hooks = (hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _ImageSizeHook))
+        return next(hooks, None) or _ImageSizeHook(model)
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        images = args[0] if args else kwargs.get("pixel_values")
+        if isinstance(images, torch.Tensor) and images.dim() == 4:
+            size = (images.shape[2], images.shape[3])
+            for layer in self.layers:
+                layer.image_size = size
+            if "interpolate_pos_encoding" not in kwargs and needs_interpolation(model, size):
+                kwargs = {**kwargs, "interpolate_pos_encoding": True}
+        return args, kwargs
 
 
 def _freeze_mode(module: nn.Module) -> None:
