@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional
 
 import torch
 from torch import nn
 
 from .config import DynammoConfig
 from .flops import count_flops
+from .image_size import as_pair, needs_interpolation
 
 
 MAX_FLOPS_RATIO = 0.05
@@ -98,24 +97,6 @@ class Probe:
     sites: dict[str, Site]
     features: Optional[int]
     image_size: tuple[int, int]
-
-
-@cache
-def accepts_interpolation(model_cls: type) -> bool:
-    """Whether a model class can interpolate its position embeddings to another image size."""
-    return "interpolate_pos_encoding" in inspect.signature(model_cls.forward).parameters
-
-
-def needs_interpolation(model: nn.Module, image_size: tuple[int, int]) -> bool:
-    """Whether `model` must interpolate its position embeddings for images of `image_size` pixels, and can."""
-    trained = getattr(getattr(model, "config", None), "image_size", None)
-    return trained is not None and as_pair(trained) != as_pair(image_size) and accepts_interpolation(type(model))
-
-
-def as_pair(size: Union[int, Sequence[int]]) -> tuple[int, int]:
-    """Height and width from one number or two."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
 
 
 def probe(model: nn.Module, blocks: Sequence[str], head: Optional[str], image_size: tuple[int, int]) -> Probe:

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..merging import COMBINATIONS, average_statistics
 from .architectures import Site, bottleneck_channels
 from .config import DynammoConfig, Scoring
 from .heads import score_heads
@@ -17,7 +18,7 @@ from .heads import score_heads
 HeadOutput = Literal["scores", "logits", "features"]
 
 
-class _WrappingLayer(nn.Module, BaseTunerLayer):
+class WrappingLayer(nn.Module, BaseTunerLayer):
     """What both layers share: they wrap a module that need not have a `weight`, and answer for it."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
@@ -79,7 +80,7 @@ class UpConvolution(nn.ConvTranspose2d):
         return F.conv2d(grid, self.weight.flip(2, 3).transpose(0, 1), padding=self.padding)
 
 
-class DynammoLayer(_WrappingLayer):
+class DynammoLayer(WrappingLayer):
     """A block with residual convolutional adapters in front of it (Qazi et al. 2024, section 2.2).
 
     Args:
@@ -123,6 +124,37 @@ class DynammoLayer(_WrappingLayer):
         self.dynammo_alpha[adapter_name] = nn.Parameter(torch.full((1,), config.init_alpha))
         self._place(adapter_name, config.inference_mode)
 
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Copies parameters and statistics of one adapter to another."""
+        self.dynammo_alpha[target].data.copy_(self.dynammo_alpha[source])
+        for container in self._modules_by_adapter(target):
+            container[target].load_state_dict(container[source].state_dict())
+
+    @torch.no_grad()
+    def merge_adapters(self, adapters: list[str], merged: str, weights: Tensor, combination_type: str) -> None:
+        """Fills the adapter `merged`: parameters combined, BatchNorm statistics averaged.
+
+        Args:
+            adapters (`list[str]`): Names of the adapters to merge.
+            merged (`str`): Name of an adapter that exists already.
+            weights (`Tensor`): A weight for each, `(T,)`.
+            combination_type (`str`): A key of `COMBINATIONS`.
+        """
+        if merged not in self.dynammo_down:
+            return
+        combine = COMBINATIONS[combination_type]
+        self.dynammo_alpha[merged].copy_(combine([self.dynammo_alpha[name] for name in adapters], weights))
+        for container in self._modules_by_adapter(merged):
+            for key, parameter in container[merged].named_parameters():
+                parameter.copy_(combine([container[name].get_parameter(key) for name in adapters], weights))
+            for key, buffer in container[merged].named_buffers():
+                buffer.copy_(average_statistics([container[name].get_buffer(key) for name in adapters], weights))
+
+    def _modules_by_adapter(self, name: str) -> list[nn.ModuleDict]:
+        """The containers that hold modules of an adapter."""
+        containers = [getattr(self, container) for container in self.adapter_layer_names]
+        return [entries for entries in containers if isinstance(entries, nn.ModuleDict) and name in entries]
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         names = self._own_adapters(self.dynammo_down)
         if names:
@@ -150,7 +182,7 @@ class DynammoLayer(_WrappingLayer):
         return (self.dynammo_alpha[name] * hidden).to(grid.dtype)
 
 
-class DynammoHead(_WrappingLayer):
+class DynammoHead(WrappingLayer):
     """The base model's classifier with task heads beside it; the active adapter's head stands in for it.
 
     Each adapter has one linear layer for all its heads: `n_t` classes and "others" for each head, side by side.
@@ -193,6 +225,18 @@ class DynammoHead(_WrappingLayer):
         if self.output == "logits":
             return logits
         return score_heads(logits, sum((self.sizes[name] for name in names), ()), self.scoring[names[0]])
+
+    @torch.no_grad()
+    def concatenate_heads(self, adapters: list[str], merged: str) -> None:
+        """Fills the heads of the adapter `merged` with those of the others, side by side.
+
+        Args:
+            adapters (`list[str]`): Names of the adapters.
+            merged (`str`): Name of an adapter that exists already, with room for all their heads.
+        """
+        if merged in self.dynammo_head:
+            for key, parameter in self.dynammo_head[merged].named_parameters():
+                parameter.copy_(torch.cat([self.dynammo_head[name].get_parameter(key) for name in adapters]))
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -12,18 +12,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..merging import COMBINATIONS, average_statistics, check_weights
-from .architectures import (
-    ARCHITECTURES,
-    Probe,
-    as_pair,
-    check_map_sizes,
-    choose_reduction_factor,
-    needs_interpolation,
-    probe,
-)
+from ..merging import COMBINATIONS, check_weights
+from .architectures import ARCHITECTURES, Probe, check_map_sizes, choose_reduction_factor, probe
 from .config import DynammoConfig, check_choice
-from .layer import DynammoHead, DynammoLayer, HeadOutput, _WrappingLayer
+from .image_size import ImageSizeHook, as_pair
+from .layer import DynammoHead, DynammoLayer, HeadOutput, WrappingLayer
+from .names import base_modules, check_adapter_name
 
 
 class DynammoModel(BaseTuner):
@@ -63,10 +57,10 @@ class DynammoModel(BaseTuner):
     """
 
     prefix: str = "dynammo_"
-    tuner_layer_cls = _WrappingLayer
+    tuner_layer_cls = WrappingLayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        _check_adapter_name(model, adapter_name)
+        check_adapter_name(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: DynammoConfig, model_config: dict) -> DynammoConfig:
@@ -102,8 +96,8 @@ class DynammoModel(BaseTuner):
         """What enters the blocks of `peft_config`; each set of blocks and image size is probed once."""
         size = peft_config.image_size or getattr(getattr(model, "config", None), "image_size", None) or 224
         peft_config.image_size = list(as_pair(size))
-        blocks = [name for name, _ in _base_modules(model) if BaseTuner._check_target_module_exists(peft_config, name)]
-        head = next((name for name, _ in _base_modules(model) if self._is_head(peft_config, name)), None)
+        blocks = [name for name, _ in base_modules(model) if BaseTuner._check_target_module_exists(peft_config, name)]
+        head = next((name for name, _ in base_modules(model) if self._is_head(peft_config, name)), None)
         if head is None and peft_config.classes is not None:
             raise ValueError(
                 f"The base model has no module {peft_config.head_module!r} for the head; load it with "
@@ -118,7 +112,7 @@ class DynammoModel(BaseTuner):
 
     @contextmanager
     def _adapters_bypassed(self, model: nn.Module) -> Iterator[None]:
-        layers = [module for module in model.modules() if isinstance(module, _WrappingLayer)]
+        layers = [module for module in model.modules() if isinstance(module, WrappingLayer)]
         before = [layer._disable_adapters for layer in layers]
         for layer in layers:
             layer._disable_adapters = True
@@ -148,14 +142,14 @@ class DynammoModel(BaseTuner):
         current_key: str,
         parameter_name: Optional[str] = None,
     ) -> None:
-        if isinstance(target, _WrappingLayer):
+        if isinstance(target, WrappingLayer):
             target.update_layer(adapter_name, peft_config)
             return
         if self._is_head(peft_config, current_key):
             layer = DynammoHead(target, adapter_name, peft_config, self._probe.features)
         else:
             layer = DynammoLayer(target, adapter_name, peft_config, self._probe.sites[current_key])
-            _ImageSizeHook.of(self.model).layers.append(layer)
+            ImageSizeHook.of(self.model).layers.append(layer)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -177,7 +171,7 @@ class DynammoModel(BaseTuner):
 
     def _adapter_modules(self, adapter_name: str) -> Iterator[nn.Module]:
         for layer in self.model.modules():
-            if isinstance(layer, _WrappingLayer):
+            if isinstance(layer, WrappingLayer):
                 for container in layer.adapter_layer_names:
                     entries = getattr(layer, container)
                     if adapter_name in entries and isinstance(entries[adapter_name], nn.Module):
@@ -213,12 +207,12 @@ class DynammoModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         self._sync_labels([])
-        _ImageSizeHook.of(self.model).handle.remove()
+        ImageSizeHook.of(self.model).handle.remove()
         return super().unload()
 
     def _check_merge_allowed(self) -> None:
         # Before anything is touched: `merge_and_unload` would stop half-way.
-        _WrappingLayer.merge(self)
+        WrappingLayer.merge(self)
 
     def _sync_labels(self, adapters: Sequence[str]) -> None:
         """Makes the base model's configuration name the classes whose logits it gives now."""
@@ -263,7 +257,7 @@ class DynammoModel(BaseTuner):
         Args:
             requires_grad (`bool`): Whether the backbone shall be trained.
         """
-        layers = [module for module in self.model.modules() if isinstance(module, _WrappingLayer)]
+        layers = [module for module in self.model.modules() if isinstance(module, WrappingLayer)]
         spared = {
             id(parameter)
             for layer in layers
@@ -289,12 +283,7 @@ class DynammoModel(BaseTuner):
         self._check_alike([source, target])
         for layer in self.model.modules():
             if isinstance(layer, DynammoLayer):
-                for container in layer.adapter_layer_names:
-                    entries = getattr(layer, container)
-                    if isinstance(entries, nn.ParameterDict):
-                        entries[target].copy_(entries[source])
-                    else:
-                        entries[target].load_state_dict(entries[source].state_dict())
+                layer.copy_adapter(source, target)
 
     def add_weighted_adapter(
         self,
@@ -340,9 +329,9 @@ class DynammoModel(BaseTuner):
         with torch.no_grad():
             for layer in self.model.modules():
                 if isinstance(layer, DynammoHead):
-                    _concatenate_heads(layer, adapters, adapter_name)
+                    layer.concatenate_heads(adapters, adapter_name)
                 elif isinstance(layer, DynammoLayer):
-                    _merge_layer(layer, adapters, adapter_name, mixture, combination_type)
+                    layer.merge_adapters(adapters, adapter_name, mixture, combination_type)
         if adapter_name in active:
             self.set_adapter(active)
         self.set_requires_grad(adapter_name, requires_grad=False)
@@ -372,65 +361,10 @@ class DynammoModel(BaseTuner):
             raise ValueError(f"Of adapters {', '.join(adapters)} only some have a head; give all of them `classes`.")
 
 
-def _check_adapter_name(model: nn.Module, name: str) -> None:
-    """PEFT finds an adapter's tensors by its name between dots: a name of a part of the model would mix them up."""
-    if not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
-        raise ValueError(f"Adapter name {name!r} may hold letters, digits, '_' and '-' only, as in 'task_000'.")
-    if "dynammo_" in name:
-        raise ValueError(f"Adapter name {name!r} must not hold 'dynammo_', the prefix of this method's tensors.")
-    layers = [key for key, module in model.named_modules() if isinstance(module, _WrappingLayer)]
-    taken = {"base_model", "base_layer", "model", "weight", "bias", *nn.BatchNorm2d(1).state_dict()}
-    for key in model.state_dict():
-        owner = next((layer for layer in layers if key.startswith(f"{layer}.dynammo_")), None)
-        # Inside a tuner layer's containers the other adapters' names stand, which are no obstacle.
-        taken.update((owner or key).split("."))
-    if name in taken:
-        raise ValueError(
-            f"Adapter name {name!r} is the name of a part of the model and its tensors would be mixed up when saved; "
-            "choose another, as 'task_000'."
-        )
-
-
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names of the modules of the base model, as if there were no tuner layers."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, _WrappingLayer)]
-    for name, module in model.named_modules():
-        if name and not any(name.startswith(f"{layer}.") for layer in layers):
-            yield name, module
-
-
 def _labels(model: nn.Module) -> Optional[tuple[dict[int, str], Optional[str]]]:
     config = getattr(model, "config", None)
     id2label = getattr(config, "id2label", None)
     return None if id2label is None else (dict(id2label), getattr(config, "problem_type", None))
-
-
-class _ImageSizeHook:
-    """Runs before the base model: tells the adapters the images' size, which tokens do not carry.
-
-    It also has position embeddings fitted to the size where the model can do that. A copy of the model copies the hook
-    and its references to the layers with it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.layers: list[DynammoLayer] = []
-        self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
-
-    @staticmethod
-    def of(model: nn.Module) -> _ImageSizeHook:
-        """The hook of `model`, which is made if it has none."""
-        hooks = (hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _ImageSizeHook))
-        return next(hooks, None) or _ImageSizeHook(model)
-
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        images = args[0] if args else kwargs.get("pixel_values")
-        if isinstance(images, torch.Tensor) and images.dim() == 4:
-            size = (images.shape[2], images.shape[3])
-            for layer in self.layers:
-                layer.image_size = size
-            if "interpolate_pos_encoding" not in kwargs and needs_interpolation(model, size):
-                kwargs = {**kwargs, "interpolate_pos_encoding": True}
-        return args, kwargs
 
 
 def _freeze_mode(module: nn.Module) -> None:
@@ -441,28 +375,3 @@ def _freeze_mode(module: nn.Module) -> None:
         return
     for child in module.children():
         _freeze_mode(child)
-
-
-def _merge_layer(
-    layer: DynammoLayer, adapters: list[str], merged: str, weights: torch.Tensor, combination_type: str
-) -> None:
-    combine = COMBINATIONS[combination_type]
-    for container in layer.adapter_layer_names:
-        entries = getattr(layer, container)
-        if merged not in entries:
-            continue
-        if isinstance(entries, nn.ParameterDict):
-            entries[merged].copy_(combine([entries[name] for name in adapters], weights))
-            continue
-        for key, parameter in entries[merged].named_parameters():
-            parameter.copy_(combine([entries[name].get_parameter(key) for name in adapters], weights))
-        for key, buffer in entries[merged].named_buffers():
-            buffer.copy_(average_statistics([entries[name].get_buffer(key) for name in adapters], weights))
-
-
-def _concatenate_heads(layer: DynammoHead, adapters: list[str], merged: str) -> None:
-    if merged not in layer.dynammo_head:
-        return
-    heads = [layer.dynammo_head[name] for name in adapters]
-    layer.dynammo_head[merged].weight.copy_(torch.cat([head.weight for head in heads]))
-    layer.dynammo_head[merged].bias.copy_(torch.cat([head.bias for head in heads]))

@@ -1,0 +1,37 @@
+"""Names of modules and adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from .layer import WrappingLayer
+
+
+def check_adapter_name(model: nn.Module, name: str) -> None:
+    """PEFT finds an adapter's tensors by its name between dots: a name of a part of the model would mix them up."""
+    if not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
+        raise ValueError(f"Adapter name {name!r} may hold letters, digits, '_' and '-' only, as in 'task_000'.")
+    if "dynammo_" in name:
+        raise ValueError(f"Adapter name {name!r} must not hold 'dynammo_', the prefix of this method's tensors.")
+    layers = [key for key, module in model.named_modules() if isinstance(module, WrappingLayer)]
+    taken = {"base_model", "base_layer", "model", "weight", "bias", *nn.BatchNorm2d(1).state_dict()}
+    for key in model.state_dict():
+        owner = next((layer for layer in layers if key.startswith(f"{layer}.dynammo_")), None)
+        # Inside a tuner layer's containers the other adapters' names stand, which are no obstacle.
+        taken.update((owner or key).split("."))
+    if name in taken:
+        raise ValueError(
+            f"Adapter name {name!r} is the name of a part of the model and its tensors would be mixed up when saved; "
+            "choose another, as 'task_000'."
+        )
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names of the modules of the base model, as if there were no tuner layers."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, WrappingLayer)]
+    for name, module in model.named_modules():
+        if name and not any(name.startswith(f"{layer}.") for layer in layers):
+            yield name, module
