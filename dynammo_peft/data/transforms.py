@@ -10,8 +10,9 @@ from io import BytesIO
 from typing import Any, Optional
 
 import datasets
+import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -55,12 +56,19 @@ def _decode(source: dict[str, Any], index: int, image_processor: Any) -> Tensor:
     where = source["path"] or f"number {index}"
     try:
         with Image.open(BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"]) as file:
-            image = file.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            image = _to_rgb(ImageOps.exif_transpose(file))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"Image {where} cannot be read ({error}); repair or remove it.") from error
     processed = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
     pixels = processed["pixel_values"][0]
     return pixels if pixels.dtype == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Eight bits and three channels; of 16-bit grey values (X-rays) the upper eight, where PIL would cut off at 255."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def resized_image_processor(image_processor: Any, image_size: int) -> Any:
