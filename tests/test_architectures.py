@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForImageClassification, ResNetConfi
 
 from dynammo_peft import DynammoConfig, forward_cost
 from dynammo_peft.tuner import DynammoHead, DynammoLayer
-from dynammo_peft.tuner.architectures import ARCHITECTURES, Site
+from dynammo_peft.tuner.architectures import ARCHITECTURES, Site, bottleneck_channels, probe
 from dynammo_peft.tuner.flops import count_flops
 
 
@@ -101,17 +101,22 @@ def test_blocks_of_a_plain_transformer_are_evenly_spaced(depth, blocks):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_probing_leaves_the_model_as_it_was(name):
-    base = tiny_model(name).train()
-    base.classifier.eval()
-    before = {key: value.clone() for key, value in base.state_dict().items()}
-    model = get_peft_model(base, DynammoConfig(), "task_000")
-    after = {
-        key.replace(".base_layer", ""): value for key, value in base.state_dict().items() if "dynammo_" not in key
-    }
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    hooked = [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
-    assert hooked == [base]
+    model, size = tiny_model(name).train(), CONFIGS[name][1]
+    model.classifier.eval()
+    modes = [module.training for module in model.modules()]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    probe(model, [EXPECTED[name][0][0]], "classifier", (size, size))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert not [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+
+
+def test_probing_for_another_adapter_is_without_those_there():
+    # The first one cannot process such small images, and would count towards what the backbone costs.
+    model = adapted("resnet_basic", image_size=64, preset="paper")
+    model.add_adapter("task_001", DynammoConfig(image_size=32))
+    expected = adapted("resnet_basic", image_size=32).peft_config["task_000"]
+    assert model.peft_config["task_001"].reduction_factor == expected.reduction_factor
 
 
 # Height and width are not the same, and no multiple of what the model was trained with.
@@ -296,7 +301,7 @@ class NewConfig(ViTConfig):
 
 def test_unknown_model_type_of_transformers():
     config = NewConfig(**{**CONFIGS["vit"][0].to_dict(), "model_type": "never_heard_of"})
-    with pytest.raises(ValueError, match="'never_heard_of'.*`target_modules`"):
+    with pytest.raises(ValueError, match=r"'never_heard_of'.*`target_modules`"):
         get_peft_model(ViTForImageClassification(config), DynammoConfig(classes=["a"]))
     named = DynammoConfig(classes=["a", "b"], target_modules=["layers.1"], head_module="classifier")
     model = get_peft_model(ViTForImageClassification(config), named)
@@ -306,7 +311,7 @@ def test_unknown_model_type_of_transformers():
 
 def test_model_without_a_classifier():
     base = AutoModel.from_config(CONFIGS["vit"][0])
-    with pytest.raises(ValueError, match="'classifier'.*AutoModelForImageClassification"):
+    with pytest.raises(ValueError, match=r"'classifier'.*AutoModelForImageClassification"):
         get_peft_model(base, DynammoConfig(classes=["a"]))
     model = get_peft_model(AutoModel.from_config(CONFIGS["vit"][0]), DynammoConfig())
     assert len(adapter_layers(model)) == 4
@@ -320,6 +325,8 @@ def test_model_without_a_classifier():
         ("resnet_basic", {"image_size": 64, "preset": "paper"}, None),
         ("resnet_basic", {"image_size": 32, "preset": "paper"}, r"'resnet\.encoder\.stages\.3' is 2x2.*padding=1"),
         ("resnet_basic", {"image_size": 32}, None),
+        # A single pixel before the last stage.
+        ("resnet_basic", {"image_size": 16}, None),
         # The padding that is proposed must do.
         ("vit", {"kernel_size": 5, "padding": 0}, r"'vit\.layers\.0' is 4x4.*padding=2"),
     ],
@@ -330,6 +337,18 @@ def test_maps_smaller_than_the_kernel(name, arguments, message):
         return
     with pytest.raises(ValueError, match=message):
         adapted(name, **arguments)
+
+
+@pytest.mark.parametrize(
+    "channels, reduction_factor, expected",
+    [(64, 1, 64), (192, 8, 24), (192, 16, 16), (64, 16, 8), (64, 32, 2), (64, 128, 1), (6, 1, 6), (12, 3, 8)],
+)
+def test_bottleneck_channels(channels, reduction_factor, expected):
+    assert bottleneck_channels(channels, reduction_factor) == expected
+    if channels == 64:
+        layer = adapter_layers(adapted("swin", reduction_factor=reduction_factor))["swin.encoder.layers.2"]
+        assert layer.dynammo_down["task_000"].weight.shape == (expected, 64, 3, 3)
+        assert layer.dynammo_up["task_000"].weight.shape == (expected, 64, 3, 3)
 
 
 def test_images_the_model_cannot_process():

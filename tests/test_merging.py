@@ -177,23 +177,30 @@ def test_merging_leaves_all_else_as_it_was(name):
     assert all(torch.equal(value, merged[key]) for key, value in own_state(model, "merged").items())
 
 
-@pytest.mark.filterwarnings("ignore:Adapter merged was active")
 @pytest.mark.parametrize("active", ["task_001", "merged"])
-def test_an_adapter_of_the_same_name_is_replaced(active):
-    model = with_adapters("vit", 3)
+def test_an_adapter_of_the_same_name_is_replaced(active, recwarn):
+    model, images = with_adapters("resnet_basic", 3), tiny_images("resnet_basic")
     model.add_weighted_adapter(["task_000", "task_001"])
-    model.set_adapter(active)
+    model.set_adapter(active, inference_mode=active == "merged")
+    model.train()
     model.add_weighted_adapter(["task_001", "task_002", "task_000"], [0.2, 0.2, 0.6])
     assert list(model.peft_config) == ["task_000", "task_001", "task_002", "merged"]
     assert model.peft_config["merged"].classes == [CLASSES[1], CLASSES[2], CLASSES[0]]
     expected = merged_by_hand([own_state(model, f"task_00{task}") for task in (1, 2, 0)], [0.2, 0.2, 0.6])
     for key, value in own_state(model, "merged").items():
         torch.testing.assert_close(value, expected[key], msg=key)
-    assert "merged" not in model.active_adapters
-    if active == "task_001":
-        assert model.active_adapters == ["task_001"]
+    # What was active is active, what was trained is trained, and the new adapter is frozen.
+    assert model.active_adapters == [active]
+    trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == [key for key, _ in model.named_parameters() if ".task_001" in key and active == "task_001"]
+    # In training mode too, whose statistics do not move.
+    logits_of(model, images)
+    for key, value in own_state(model, "merged").items():
+        torch.testing.assert_close(value, expected[key], msg=key)
     model.set_adapter("merged")
-    assert logits_of(model, tiny_images("vit")).shape == (2, 6)
+    assert logits_of(model, images).shape == (2, 6)
+    assert model.config.id2label == dict(enumerate(["owl", "fox", "elk", "bee", "cat", "dog"]))
+    assert not [warning for warning in recwarn if "deleted" in str(warning.message)]
 
 
 def test_merging_without_heads():

@@ -141,20 +141,34 @@ class ClassIncrementalScenario:
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction={validation_fraction} must be at least 0 and less than 1.")
         names = _label_names(train, image_column, label_column, "train")
+        self.groups = _make_groups(names, classes_per_task, groups, class_order, seed)
+        self.class_names = [name for group in self.groups for name in group]
         if validation_fraction > 0:
-            train, test = _hold_out(train, label_column, validation_fraction, seed or 0)
+            train_labels = _labels(train, label_column, "train")
+            _check_can_be_split(train_labels, names, self.class_names, validation_fraction)
+            train_labels, test_labels = _hold_out(train_labels, validation_fraction, seed or 0)
+            test = train
         elif test is None:
             raise ValueError("There are no test images; give a test set, or hold some out by validation_fraction=0.2.")
         elif _label_names(test, image_column, label_column, "test") != names:
             raise ValueError(f"The classes of column {label_column!r} differ between train and test; make them equal.")
-        self.groups = _make_groups(names, classes_per_task, groups, class_order, seed)
-        self.class_names = [name for group in self.groups for name in group]
-        order = torch.tensor([self.class_names.index(name) if name in self.class_names else -1 for name in names])
-        train_labels, test_labels = (_new_labels(data, label_column, order) for data in (train, test))
+        else:
+            train_labels, test_labels = (_labels(train, label_column, "train"), _labels(test, label_column, "test"))
+        # A class's number is its place in the order of arrival; rows of classes that no task has get -1, as do rows
+        # that belong to the other part of a split.
+        order = torch.tensor(
+            [self.class_names.index(name) if name in self.class_names else -1 for name in names] + [-1]
+        )
+        train_labels, test_labels = order[train_labels], order[test_labels]
         self._check_all_tasks_have_images(train_labels, "train")
         self._check_all_tasks_have_images(test_labels, "test")
         self._train = _decode_known(train, train_labels, image_column, image_processor, progress, "training images")
         self._test = _decode_known(test, test_labels, image_column, image_processor, progress, "test images")
+        for height, width in {tuple(self._test.images.shape[2:])} - {self.image_size}:
+            raise ValueError(
+                f"Training images come out as {self.image_size[0]}x{self.image_size[1]} pixels, test images as "
+                f"{height}x{width}; use an image processor that resizes to one height and width."
+            )
         self.transform = BatchTransform.from_image_processor(
             image_processor, horizontal_flip=horizontal_flip, vertical_flip=vertical_flip, crop_padding=crop_padding
         )
@@ -237,6 +251,8 @@ def _make_groups(
     if groups is not None:
         if class_order is not None:
             raise ValueError("groups gives the order of the classes already; leave class_order out.")
+        if not groups:
+            raise ValueError("groups=[] has no task; name the classes of each task.")
         _check_names([name for group in groups for name in group], names, "groups")
         for index, group in enumerate(groups):
             if not group:
@@ -263,22 +279,43 @@ def _check_names(given: Sequence[str], names: list[str], option: str) -> None:
             raise ValueError(f"{option} names the class {name!r} again, already learned before; name each class once.")
 
 
-def _hold_out(
-    train: datasets.Dataset, label_column: str, fraction: float, seed: int
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Splits training images, class by class, into those that stay and those held out."""
-    parts = train.train_test_split(test_size=fraction, seed=seed, stratify_by_column=label_column)
-    return parts["train"], parts["test"]
+def _labels(dataset: datasets.Dataset, label_column: str, split: str) -> Tensor:
+    """The data set's own label of each row, `(N,)`."""
+    labels = dataset[label_column][:]
+    for row, label in enumerate(labels):
+        if label is None or label < 0:
+            raise ValueError(f"Row {row} of the {split} set has no label in column {label_column!r}; remove it.")
+    return torch.tensor(labels, dtype=torch.long)
 
 
-def _new_labels(dataset: datasets.Dataset, label_column: str, order: Tensor) -> Tensor:
-    """Each row's class by its place in the order of arrival, `(N,)`; -1 for a class that no task has."""
-    return order[torch.as_tensor(dataset[label_column][:])]
+def _check_can_be_split(labels: Tensor, names: list[str], used: list[str], fraction: float) -> None:
+    counts = torch.bincount(labels, minlength=len(names)).tolist()
+    for name, count in zip(names, counts):
+        if name in used and not 0 < round(fraction * count) < count:
+            raise ValueError(
+                f"validation_fraction={fraction} of the {count} train images of {name!r} leaves none on one side; "
+                "change it or add images."
+            )
+
+
+def _hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Labels of the rows that stay and of those held out, class by class; -1 for the other rows.
+
+    Which images are held out depends on the data set and the seed, not on the order of the classes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros_like(labels, dtype=torch.bool)
+    for label in labels.unique():
+        rows = torch.nonzero(labels == label).flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        held[rows[: round(fraction * len(rows))]] = True
+    return labels.where(~held, -1), labels.where(held, -1)
 
 
 def _decode_known(
     dataset: datasets.Dataset, labels: Tensor, image_column: str, image_processor: Any, progress: bool, name: str
 ) -> LabelledImages:
     rows = torch.nonzero(labels >= 0).flatten()
-    images = decode_images(dataset.select(rows.tolist()), image_column, image_processor, progress, name)
+    chosen = rows.tolist()
+    images = decode_images(dataset.select(chosen), image_column, image_processor, progress, name, chosen)
     return LabelledImages(images, labels[rows], rows)

@@ -18,7 +18,12 @@ from tqdm.auto import tqdm
 
 
 def decode_images(
-    dataset: datasets.Dataset, column: str, image_processor: Any, progress: bool = True, name: str = "images"
+    dataset: datasets.Dataset,
+    column: str,
+    image_processor: Any,
+    progress: bool = True,
+    name: str = "images",
+    rows: Optional[Sequence[int]] = None,
 ) -> Tensor:
     """Decodes, converts to RGB, and resizes all images of a data set, in parallel.
 
@@ -28,6 +33,7 @@ def decode_images(
         image_processor (`BaseImageProcessor`): A transformers image processor; resizes and crops.
         progress (`bool`): Whether to show a progress bar.
         name (`str`): What the progress bar calls the images.
+        rows (`Optional[Sequence[int]]`): What error messages call the rows; their own numbers if `None`.
 
     Returns:
         `Tensor`: `(N, 3, H, W)`, `uint8`.
@@ -38,7 +44,7 @@ def decode_images(
     raw = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
     def load(index: int) -> Tensor:
-        return _decode(raw[index][column], index, image_processor)
+        return _decode(raw[index][column], index if rows is None else rows[index], image_processor)
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         bar = tqdm(pool.map(load, range(len(raw))), total=len(raw), desc=f"Decoding {name}", disable=not progress)
@@ -52,31 +58,39 @@ def decode_images(
     return torch.stack(images)
 
 
-def _decode(source: dict[str, Any], index: int, image_processor: Any) -> Tensor:
-    where = source["path"] or f"number {index}"
+def _decode(source: Optional[dict[str, Any]], row: int, image_processor: Any) -> Tensor:
+    if source is None:
+        raise ValueError(f"Row {row} has no image; remove it.")
+    where = source["path"] or f"of row {row}"
     try:
         with Image.open(BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"]) as file:
             image = _to_rgb(ImageOps.exif_transpose(file))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"Image {where} cannot be read ({error}); repair or remove it.") from error
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"Image {where} cannot be read ({reason}); repair or remove it.") from error
     processed = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
     pixels = processed["pixel_values"][0]
     return pixels if pixels.dtype == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits and three channels; of 16-bit grey values (X-rays) the upper eight, where PIL would cut off at 255."""
+    """Eight bits and three channels; of 16-bit grey values (X-rays) the upper eight, where PIL would clip at 255."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
 def resized_image_processor(image_processor: Any, image_size: int) -> Any:
-    """A copy of a transformers image processor that gives square images of `image_size` pixels."""
+    """A copy of a transformers image processor that gives square images of `image_size` pixels.
+
+    A processor that resizes the shorter edge and crops the centre goes on doing so; others stretch.
+    """
     settings = image_processor.to_dict()
     square = {"height": image_size, "width": image_size}
-    settings["size"] = {"shortest_edge": image_size} if image_processor.size.shortest_edge else square
-    if settings.get("crop_size") is not None:
+    crops_to_size = bool(settings.get("crop_size")) and bool(settings.get("do_center_crop"))
+    keeps_aspect = image_processor.size.shortest_edge and (crops_to_size or "crop_pct" in settings)
+    settings["size"] = {"shortest_edge": image_size} if keeps_aspect else square
+    if settings.get("crop_size"):
         settings["crop_size"] = square
     return type(image_processor).from_dict(settings)
 
@@ -103,9 +117,13 @@ class BatchTransform:
     @classmethod
     def from_image_processor(cls, image_processor: Any, **augmentation: Any) -> BatchTransform:
         """Normalises as `image_processor` would."""
-        if not getattr(image_processor, "do_normalize", True):
-            return cls(mean=(0.0,) * 3, std=(1.0,) * 3, **augmentation)
-        return cls(mean=image_processor.image_mean, std=image_processor.image_std, **augmentation)
+        mean, std = [0.0] * 3, [1.0] * 3
+        if getattr(image_processor, "do_normalize", True):
+            mean, std = image_processor.image_mean, image_processor.image_std
+        factor = image_processor.rescale_factor if getattr(image_processor, "do_rescale", True) else 1.0
+        # Our mean and deviation are those of pixels from 0 to 1, whatever scale the processor has.
+        mean, std = ((np.atleast_1d(values) / (255 * factor)).tolist() for values in (mean, std))
+        return cls(mean=mean, std=std, **augmentation)
 
     def __call__(self, images: Tensor, augment: bool = False, generator: Optional[torch.Generator] = None) -> Tensor:
         """

@@ -43,7 +43,9 @@ def accuracy_matrix(
 def incremental_accuracies(matrix: ArrayLike, counts: ArrayLike) -> NDArray[np.float64]:
     """Accuracy on all classes seen, after each task, `(T,)`; `counts` are the test images of each task, `(T,)`."""
     matrix, counts = np.asarray(matrix, dtype=float), np.asarray(counts, dtype=float)
-    return np.array([np.average(row[: i + 1], weights=counts[: i + 1]) for i, row in enumerate(matrix)])
+    # A task without test images has no accuracy and no weight.
+    hits = np.where(counts > 0, np.nan_to_num(matrix) * counts, 0.0)
+    return np.array([hits[i, : i + 1].sum() / counts[: i + 1].sum() for i in range(len(matrix))])
 
 
 def last_accuracy(matrix: ArrayLike, counts: ArrayLike) -> float:

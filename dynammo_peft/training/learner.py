@@ -141,6 +141,8 @@ class Learner:
     def _release(self, network: nn.Module, prepared: nn.Module) -> None:
         """Takes Accelerate's wrappers off again: the next stage trains other parameters and needs new ones."""
         self.accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        # Accelerate would take a network with this mark for wrapped, and leave it alone.
+        vars(network).pop("_is_accelerate_prepared", None)
         self.accelerator.free_memory()
         with torch.no_grad():
             # Each process has seen other images, so running statistics differ.
