@@ -159,18 +159,29 @@ def _site(name: str, entering: dict[str, torch.Size], image_size: tuple[int, int
             f"Block {name!r} receives a tensor of {len(shape)} dimensions; an adapter needs a map (B, C, H, W) or "
             "tokens (B, L, C). Choose other target_modules."
         )
-    length = shape[1]
-    grid = None
+    grid, stride = _grid_and_stride(shape[1], image_size, patch)
+    return Site("tokens", channels=shape[2], prefix=shape[1] - math.prod(grid), stride=stride, size=grid)
+
+
+def _grid_and_stride(length: int, image_size: tuple[int, int], patch: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The grid that `length` tokens fill, and the pixels of the image per token, down and across."""
     if patch is not None:
+        # A hierarchical transformer has no prefix tokens, pads to a whole patch, and halves its grid from stage to
+        # stage, rounding up.
         stride = as_pair(patch)
-        candidate = (image_size[0] // stride[0], image_size[1] // stride[1])
-        # A handful of prefix tokens at most: beyond that the stage is a later one with larger strides.
-        if 0 <= length - math.prod(candidate) <= 16:
-            grid = candidate
-    if grid is None:
-        grid = _square_grid(length, image_size)
-    stride = (-(-image_size[0] // grid[0]), -(-image_size[1] // grid[1]))
-    return Site("tokens", channels=shape[2], prefix=length - math.prod(grid), stride=stride, size=grid)
+        grid = tuple(-(-pixels // step) for pixels, step in zip(image_size, stride))
+        while math.prod(grid) > length:
+            stride = (2 * stride[0], 2 * stride[1])
+            grid = tuple(-(-pixels // step) for pixels, step in zip(image_size, stride))
+        if math.prod(grid) == length:
+            return grid, stride
+        # A plain one drops the pixels beyond the last whole patch and has a handful of prefix tokens at most.
+        stride = as_pair(patch)
+        grid = (image_size[0] // stride[0], image_size[1] // stride[1])
+        if 0 <= length - math.prod(grid) <= 16:
+            return grid, stride
+    grid = _square_grid(length, image_size)
+    return grid, (-(-image_size[0] // grid[0]), -(-image_size[1] // grid[1]))
 
 
 def _square_grid(length: int, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -224,6 +235,7 @@ def check_map_sizes(probe: Probe, config: DynammoConfig) -> None:
         if min(site.size) + 2 * config.padding < config.kernel_size:
             raise ValueError(
                 f"The map entering block {name!r} is {site.size[0]}x{site.size[1]}, too small for a kernel of "
-                f"{config.kernel_size}x{config.kernel_size} with padding={config.padding}; use padding=1 or images "
-                f"larger than {probe.image_size[0]}x{probe.image_size[1]} pixels."
+                f"{config.kernel_size}x{config.kernel_size} with padding={config.padding}; use "
+                f"padding={config.kernel_size // 2} or images larger than {probe.image_size[0]}x"
+                f"{probe.image_size[1]} pixels."
             )

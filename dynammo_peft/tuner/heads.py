@@ -14,10 +14,6 @@ from torch.nn import functional as F
 from .config import Scoring
 
 
-# Keeps every class outside the chosen head below every class inside it, in half precision too.
-_OUTSIDE = 1e4
-
-
 @lru_cache(maxsize=256)
 def _columns(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Columns of the classes `(N,)`, of each class's "others" `(N,)`, and of each head `(T, 1 + max n)`.
@@ -68,11 +64,15 @@ def score_heads(logits: Tensor, sizes: tuple[int, ...], scoring: Scoring) -> Ten
     classes, others, heads = _columns(sizes, logits.device)
     if scoring == "log_odds":
         return logits[:, classes] - logits[:, others]
-    log_probabilities = grouped_logits(logits, sizes).log_softmax(dim=-1)
-    chosen = log_probabilities[..., 0].argmin(dim=1, keepdim=True)
-    outside = torch.ones_like(log_probabilities[..., 0]).scatter_(1, chosen, 0.0)
-    scores = log_probabilities[..., 1:].clamp_min(-_OUTSIDE / 2) - _OUTSIDE * outside[..., None]
-    return scores[:, heads[:, 1:] < logits.shape[1]]
+    # Half precision would round different classes to one probability.
+    grouped = grouped_logits(logits.float(), sizes)
+    # The log-odds of "others" grow with its probability, and can still be told apart where that rounds to one.
+    chosen = (grouped[..., 0] - grouped[..., 1:].logsumexp(dim=-1)).argmin(dim=1)
+    present = heads[:, 1:] < logits.shape[1]
+    scores = grouped.log_softmax(dim=-1)[..., 1:][:, present]
+    outside = present.nonzero()[:, 0] != chosen[:, None]
+    # Every class of the chosen head stays above every class outside it.
+    return scores - outside * (scores.amax(dim=1, keepdim=True) - scores.amin(dim=1, keepdim=True) + 1)
 
 
 def head_targets(labels: Tensor, sizes: tuple[int, ...], first: int = 0) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Optional, Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..merging import COMBINATIONS, check_weights
@@ -62,6 +63,8 @@ class DynammoModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # Only now is it settled what is trained.
+        self.train(model.training)
 
     def _prepare_adapter_config(self, peft_config: DynammoConfig, model_config: dict) -> DynammoConfig:
         model_type = model_config.get("model_type")
@@ -97,6 +100,15 @@ class DynammoModel(BaseTuner):
         size = peft_config.image_size or getattr(getattr(model, "config", None), "image_size", None) or 224
         peft_config.image_size = list(as_pair(size))
         blocks = [name for name, _ in base_modules(model) if BaseTuner._check_target_module_exists(peft_config, name)]
+        if not blocks:
+            raise ValueError(
+                f"The base model has no block target_modules={peft_config.target_modules!r} (exclude_modules="
+                f"{peft_config.exclude_modules!r}); name its blocks by target_modules in the DynammoConfig."
+            )
+        for outer in blocks:
+            inner = next((name for name in blocks if name.startswith(f"{outer}.")), None)
+            if inner is not None:
+                raise ValueError(f"Block {inner!r} is inside block {outer!r}; take one of them out of target_modules.")
         head = next((name for name, _ in base_modules(model) if self._is_head(peft_config, name)), None)
         if head is None and peft_config.classes is not None:
             raise ValueError(
@@ -184,7 +196,9 @@ class DynammoModel(BaseTuner):
         """
         super().train(mode)
         if mode:
-            _freeze_mode(self.model)
+            # The model itself keeps its flag: it is the mode that was asked for, to which `set_adapter` returns.
+            for child in self.model.children():
+                _freeze_mode(child)
         return self
 
     def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
@@ -219,6 +233,9 @@ class DynammoModel(BaseTuner):
         config = getattr(self.model, "config", None)
         if config is None or self._base_labels is None:
             return
+        layers = [module for module in self.model.modules() if isinstance(module, WrappingLayer)]
+        if layers and all(layer.disable_adapters for layer in layers):
+            adapters = []
         names = [name for adapter in adapters for name in self.peft_config[adapter].class_names]
         id2label, problem_type = self._base_labels
         if names:
@@ -264,10 +281,15 @@ class DynammoModel(BaseTuner):
             for key, parameter in layer.named_parameters()
             if isinstance(layer, DynammoHead) or not key.startswith("base_layer.")
         }
-        # An outer block wraps the inner blocks' adapters too: whatever is an adapter's anywhere is spared.
+        for key, module in base_modules(self.model):
+            is_head = any(self._is_head(config, key) for config in self.peft_config.values())
+            if is_head or isinstance(module, AuxiliaryTrainingWrapper):
+                spared.update(id(parameter) for parameter in module.parameters())
+        # A block of one adapter may lie inside a block of another: what is an adapter's anywhere is spared.
         for parameter in self.model.parameters():
             if id(parameter) not in spared:
                 parameter.requires_grad_(requires_grad)
+        self.train(self.model.training)
 
     @torch.no_grad()
     def copy_adapter(self, source: str, target: str) -> None:
@@ -335,6 +357,7 @@ class DynammoModel(BaseTuner):
         if adapter_name in active:
             self.set_adapter(active)
         self.set_requires_grad(adapter_name, requires_grad=False)
+        self.train(self.model.training)
 
     def _check_alike(self, adapters: list[str]) -> None:
         """Raises a `ValueError` unless all adapters exist and are built as the first."""
@@ -344,7 +367,7 @@ class DynammoModel(BaseTuner):
         first = self.peft_config[adapters[0]]
         for name in adapters[1:]:
             config = self.peft_config[name]
-            for field in ("target_modules", "reduction_factor", "kernel_size", "padding"):
+            for field in ("target_modules", "exclude_modules", "reduction_factor", "kernel_size", "padding"):
                 if getattr(config, field) != getattr(first, field):
                     raise ValueError(
                         f"Adapters {adapters[0]!r} and {name!r} differ in {field} ({getattr(first, field)!r} and "
@@ -357,6 +380,10 @@ class DynammoModel(BaseTuner):
         if adapter_name in adapters:
             raise ValueError(f"Adapter {adapter_name!r} cannot be merged into itself; choose another adapter_name.")
         self._check_alike(adapters)
+        if any(self.peft_config[name].modules_to_save for name in adapters):
+            raise ValueError(
+                "Adapters with modules_to_save cannot be merged: what these modules learned would be lost."
+            )
         if len({self.peft_config[name].classes is None for name in adapters}) > 1:
             raise ValueError(f"Of adapters {', '.join(adapters)} only some have a head; give all of them `classes`.")
 
@@ -372,6 +399,10 @@ def _freeze_mode(module: nn.Module) -> None:
     flags = [parameter.requires_grad for parameter in module.parameters()]
     if flags and not any(flags):
         module.eval()
+        for part in module.modules():
+            # transformers checkpoints activations in training mode only; dropout has a mode of its own.
+            if getattr(part, "gradient_checkpointing", False):
+                part.training = True
         return
     for child in module.children():
         _freeze_mode(child)

@@ -17,7 +17,8 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
     if "dynammo_" in name:
         raise ValueError(f"Adapter name {name!r} must not hold 'dynammo_', the prefix of this method's tensors.")
     layers = [key for key, module in model.named_modules() if isinstance(module, WrappingLayer)]
-    taken = {"base_model", "base_layer", "model", "weight", "bias", *nn.BatchNorm2d(1).state_dict()}
+    taken = {"base_model", "base_layer", "model", "modules_to_save", "original_module", "weight", "bias"}
+    taken.update(nn.BatchNorm2d(1).state_dict())
     for key in model.state_dict():
         owner = next((layer for layer in layers if key.startswith(f"{layer}.dynammo_")), None)
         # Inside a tuner layer's containers the other adapters' names stand, which are no obstacle.
