@@ -15,6 +15,11 @@ from .config import DynammoConfig, Scoring
 from .heads import score_heads
 
 
+CANNOT_FOLD = (
+    "A DynaMMo adapter is not linear and cannot be folded into the base weights. Merge adapters with each other by "
+    "`add_weighted_adapter`, and save the result by `save_pretrained`."
+)
+
 HeadOutput = Literal["scores", "logits", "features"]
 
 
@@ -59,10 +64,7 @@ class WrappingLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-        raise NotImplementedError(
-            "A DynaMMo adapter is not linear and cannot be folded into the base weights. Merge adapters with each "
-            "other by `add_weighted_adapter`, and save the result by `save_pretrained`."
-        )
+        raise NotImplementedError(CANNOT_FOLD)
 
     def unmerge(self) -> None:
         raise NotImplementedError("A DynaMMo adapter is never folded into the base weights; there is nothing to undo.")

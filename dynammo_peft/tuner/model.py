@@ -17,7 +17,7 @@ from ..merging import COMBINATIONS, check_weights
 from .architectures import ARCHITECTURES, Probe, check_map_sizes, choose_reduction_factor, probe
 from .config import DynammoConfig, check_choice
 from .image_size import ImageSizeHook, as_pair
-from .layer import DynammoHead, DynammoLayer, HeadOutput, WrappingLayer
+from .layer import CANNOT_FOLD, DynammoHead, DynammoLayer, HeadOutput, WrappingLayer
 from .names import base_modules, check_adapter_name
 
 
@@ -70,13 +70,12 @@ class DynammoModel(BaseTuner):
         model_type = model_config.get("model_type")
         architecture = ARCHITECTURES.get(model_type)
         if architecture is None:
-            unset = "target_modules" if peft_config.target_modules is None else None
+            missing = ["`target_modules` (its blocks)"] if peft_config.target_modules is None else []
             if peft_config.classes is not None and peft_config.head_module is None:
-                unset = unset or "head_module"
-            if unset is not None:
+                missing.append("`head_module` (its classifier)")
+            if missing:
                 raise ValueError(
-                    f"Model type {model_type!r} is not known; name its "
-                    f"{'blocks' if unset == 'target_modules' else 'classifier'} by `{unset}` in the DynammoConfig. "
+                    f"Model type {model_type!r} is not known; set {' and '.join(missing)} in the DynammoConfig. "
                     f"Known: {', '.join(ARCHITECTURES)}."
                 )
             return peft_config
@@ -226,7 +225,7 @@ class DynammoModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         # Before anything is touched: `merge_and_unload` would stop half-way.
-        WrappingLayer.merge(self)
+        raise NotImplementedError(CANNOT_FOLD)
 
     def _sync_labels(self, adapters: Sequence[str]) -> None:
         """Makes the base model's configuration name the classes whose logits it gives now."""
