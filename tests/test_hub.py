@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import tiny_images, tiny_model, tiny_processor
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from tiny import tiny_dataset, tiny_images, tiny_model, tiny_processor
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from dynammo_peft import DynammoConfig
 from dynammo_peft.hub import base_model, save_model
@@ -65,3 +65,15 @@ def test_a_failed_save_leaves_the_old_folder_as_it_was(tmp_path):
     with pytest.raises((ValueError, KeyError)):
         save_model(model, tmp_path / "out", ["merged", "nobody"])
     assert (tmp_path / "out" / "merged" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_transformers_loads_a_saved_model_itself(tmp_path):
+    model, images = two_tasks("vit"), tiny_images("vit")
+    save_model(model, tmp_path / "out", ["merged"], tiny_processor(32), save_backbone=True)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "merged").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images).logits, model(images).logits)
+    classify = pipeline("image-classification", model=loaded, image_processor=tiny_processor(32))
+    found = classify(tiny_dataset()[0]["image"])
+    assert sorted(entry["label"] for entry in found) == ["a", "b", "c"]
+    assert abs(sum(entry["score"] for entry in found) - 1) < 1e-5
