@@ -20,6 +20,7 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 
 import dynammo_peft
@@ -212,6 +213,10 @@ def run(argv: list[str]) -> tuple[Method, Results]:
     args, model_args, data_args, method_args = parse_arguments(argv)
     if os.path.exists(args.output_dir) and os.listdir(args.output_dir) and not args.overwrite_output_dir:
         raise ValueError(f"output_dir={args.output_dir!r} is not empty; choose another or set overwrite_output_dir.")
+    for tracker in args.report_to:
+        # Accelerate would leave out a tracker that is not installed without a word.
+        if tracker not in {known.value for known in get_available_trackers()}:
+            raise ValueError(f"report_to={tracker!r} is no tracker of Accelerate, or its package is not installed.")
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to or None,
@@ -230,7 +235,9 @@ def run(argv: list[str]) -> tuple[Method, Results]:
     method = METHODS[args.method](model, method_args, config)
     options = {**asdict(args), **asdict(model_args), **asdict(data_args), **asdict(method_args)}
     if args.report_to:
-        accelerator.init_trackers("dynammo_peft", config=json.loads(json.dumps(options, default=str)))
+        # TensorBoard takes plain values only.
+        plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in options.items()}
+        accelerator.init_trackers("dynammo_peft", config=plain)
     learner = Learner(method, accelerator, args.eval_batch_size)
     results = learner.fit(scenario, after_task=lambda task, results: report_task(accelerator, task, results))
     if accelerator.is_main_process:

@@ -157,6 +157,7 @@ def test_an_unknown_option_on_the_command_line_ends_in_one_line(tmp_path):
         ({"label_column": "kind"}, ["'kind'", "'label'"]),
         ({"groups": "[['class 0'"}, ["--groups", "JSON"]),
         ({"preset": "paper", "target_modules": ["layers.0"], "image_size": 8}, ["too small", "padding=1"]),
+        ({"report_to": ["clearsky"]}, ["'clearsky'", "installed"]),
         ({"adapter_optimizer": "lion"}, ["optimizer='lion'", "adamw"]),
     ],
 )
