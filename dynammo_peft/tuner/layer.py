@@ -164,24 +164,30 @@ class DynammoLayer(WrappingLayer):
             hidden_states = adapt(hidden_states, names)
         return self.base_layer(hidden_states, *args, **kwargs)
 
-    def _adapt_map(self, hidden_states: Tensor, names: list[str]) -> Tensor:
-        return hidden_states + sum(self._residual(hidden_states, name) for name in names)
-
     def _adapt_tokens(self, hidden_states: Tensor, names: list[str]) -> Tensor:
         prefix = self.site.prefix
         height, width = self.site.grid(hidden_states.shape[1], self.image_size)
-        patches = hidden_states[:, prefix:]
         # A view: tokens are a map whose channels come last in memory.
-        grid = patches.transpose(1, 2).unflatten(2, (height, width))
-        residual = sum(self._residual(grid, name) for name in names).flatten(2).transpose(1, 2)
-        return torch.cat([hidden_states[:, :prefix], patches + residual], dim=1)
+        grid = hidden_states[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
+        patches = self._adapt_map(grid, names).flatten(2).transpose(1, 2)
+        return torch.cat([hidden_states[:, :prefix], patches], dim=1) if prefix else patches
 
-    def _residual(self, grid: Tensor, name: str) -> Tensor:
-        """`alpha * ReLU(BN(ConvTranspose(ReLU(BN(Conv(grid))))))`, `(B, C, H, W)` to the same."""
-        down = self.dynammo_down[name]
-        hidden = torch.relu(self.dynammo_down_norm[name](down(self._cast_input_dtype(grid, down.weight.dtype))))
-        hidden = torch.relu(self.dynammo_up_norm[name](self.dynammo_up[name](hidden)))
-        return (self.dynammo_alpha[name] * hidden).to(grid.dtype)
+    def _adapt_map(self, grid: Tensor, names: list[str]) -> Tensor:
+        """`grid` plus the residuals of the adapters, all computed from `grid`, `(B, C, H, W)`."""
+        adapted = grid
+        for name in names:
+            adapted = self._add_residual(adapted, grid, name)
+        return adapted
+
+    def _add_residual(self, adapted: Tensor, grid: Tensor, name: str) -> Tensor:
+        """`adapted + alpha * ReLU(BN(ConvTranspose(ReLU(BN(Conv(grid))))))`, with few passes over memory."""
+        down, alpha = self.dynammo_down[name], self.dynammo_alpha[name]
+        hidden = self.dynammo_down_norm[name](down(self._cast_input_dtype(grid, down.weight.dtype)))
+        hidden = self.dynammo_up_norm[name](self.dynammo_up[name](F.relu(hidden, inplace=True)))
+        hidden = F.relu(hidden, inplace=True)
+        if adapted.dtype == hidden.dtype == alpha.dtype:
+            return torch.addcmul(adapted, alpha, hidden)
+        return adapted + (alpha * hidden).to(adapted.dtype)
 
 
 class DynammoHead(WrappingLayer):
