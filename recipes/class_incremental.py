@@ -242,6 +242,7 @@ def run(argv: list[str]) -> tuple[Method, Results]:
     results = learner.fit(scenario, after_task=lambda task, results: report_task(accelerator, task, results))
     if accelerator.is_main_process:
         finish(args, model_args, method, method_args, scenario, image_processor, results, options)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return method, results
 

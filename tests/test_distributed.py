@@ -38,6 +38,8 @@ def digest(tensors):
 state = {key: value for key, value in method.model.state_dict().items() if "num_batches_tracked" not in key}
 found = gather_object([(digest(state.values()), digest([method.memory.images().rows]), str(results.metrics()))])
 assert accelerator.num_processes == 2
+accelerator.wait_for_everyone()
+accelerator.end_training()
 assert found[0] == found[1], found
 """
 

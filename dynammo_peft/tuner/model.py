@@ -18,6 +18,7 @@ from .architectures import ARCHITECTURES, Probe, check_map_sizes, choose_reducti
 from .config import DynammoConfig, check_choice
 from .image_size import ImageSizeHook, as_pair
 from .layer import CANNOT_FOLD, DynammoHead, DynammoLayer, HeadOutput, WrappingLayer
+from .modes import adapters_bypassed, freeze_mode
 from .names import base_modules, check_adapter_name
 
 
@@ -118,20 +119,8 @@ class DynammoModel(BaseTuner):
         enough = known is not None and set(blocks) <= set(known.sites) and (head is None or known.features is not None)
         if enough and known.image_size == as_pair(size):
             return replace(known, sites={name: known.sites[name] for name in blocks})
-        with self._adapters_bypassed(model):
+        with adapters_bypassed(model):
             return probe(model, blocks, head, as_pair(size))
-
-    @contextmanager
-    def _adapters_bypassed(self, model: nn.Module) -> Iterator[None]:
-        layers = [module for module in model.modules() if isinstance(module, WrappingLayer)]
-        before = [layer._disable_adapters for layer in layers]
-        for layer in layers:
-            layer._disable_adapters = True
-        try:
-            yield
-        finally:
-            for layer, disabled in zip(layers, before):
-                layer._disable_adapters = disabled
 
     @staticmethod
     def _is_head(peft_config: DynammoConfig, key: str) -> bool:
@@ -197,7 +186,7 @@ class DynammoModel(BaseTuner):
         if mode:
             # The model itself keeps its flag: it is the mode that was asked for, to which `set_adapter` returns.
             for child in self.model.children():
-                _freeze_mode(child)
+                freeze_mode(child)
         return self
 
     def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
@@ -391,17 +380,3 @@ def _labels(model: nn.Module) -> Optional[tuple[dict[int, str], Optional[str]]]:
     config = getattr(model, "config", None)
     id2label = getattr(config, "id2label", None)
     return None if id2label is None else (dict(id2label), getattr(config, "problem_type", None))
-
-
-def _freeze_mode(module: nn.Module) -> None:
-    """Puts every part that has parameters and trains none of them into evaluation mode."""
-    flags = [parameter.requires_grad for parameter in module.parameters()]
-    if flags and not any(flags):
-        module.eval()
-        for part in module.modules():
-            # transformers checkpoints activations in training mode only; dropout has a mode of its own.
-            if getattr(part, "gradient_checkpointing", False):
-                part.training = True
-        return
-    for child in module.children():
-        _freeze_mode(child)

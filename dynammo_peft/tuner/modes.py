@@ -1,0 +1,38 @@
+"""Training and evaluation mode of the parts of a model, and adapters out of the way for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from .layer import WrappingLayer
+
+
+def freeze_mode(module: nn.Module) -> None:
+    """Puts every part that has parameters and trains none of them into evaluation mode."""
+    flags = [parameter.requires_grad for parameter in module.parameters()]
+    if flags and not any(flags):
+        module.eval()
+        for part in module.modules():
+            # transformers checkpoints activations in training mode only; dropout has a mode of its own.
+            if getattr(part, "gradient_checkpointing", False):
+                part.training = True
+        return
+    for child in module.children():
+        freeze_mode(child)
+
+
+@contextmanager
+def adapters_bypassed(model: nn.Module) -> Iterator[None]:
+    """Makes all tuner layers pass their input on to what they wrap; gradients and active adapters stay as they are."""
+    layers = [module for module in model.modules() if isinstance(module, WrappingLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before):
+            layer._disable_adapters = disabled
