@@ -1,5 +1,6 @@
 """Settings for all tests."""
 
+import gc
 import os
 
 
@@ -13,6 +14,15 @@ import torch
 
 
 datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_garbage_collection():
+    # Accelerate collects garbage after every stage; all that was imported need not be searched each time.
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

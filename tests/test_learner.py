@@ -1,6 +1,5 @@
 """The task loop: training steps, mixed precision, progress, predictions and what is written."""
 
-import gc
 import json
 import math
 from typing import ClassVar
@@ -28,15 +27,6 @@ from dynammo_peft import (
     Stage,
 )
 from dynammo_peft.methods import Optimization
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_garbage_collection():
-    # Accelerate collects garbage after every stage; all that was imported need not be searched each time.
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def forget_settings():

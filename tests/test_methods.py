@@ -1,6 +1,5 @@
 """DynaMMo, ACL and joint training: what they train, what they merge, and how they name classes."""
 
-import gc
 import math
 from types import SimpleNamespace
 
@@ -24,15 +23,6 @@ from dynammo_peft import (
     forward_cost,
 )
 from dynammo_peft.methods import Optimization
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_garbage_collection():
-    # Accelerate collects garbage after every stage; all that was imported need not be searched each time.
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def arguments(**changes):

@@ -47,7 +47,7 @@ def save_model(
     Saves adapters with their heads, and what else is needed to use them.
 
     Writes `<adapter>/adapter_model.safetensors` and its configuration for each adapter, `preprocessor_config.json`,
-    and the backbone into `backbone/` if wanted. All of it appears at once: the directory is as before or complete.
+    and the backbone into `backbone/` if wanted. A save that fails leaves the directory as it was.
 
     Args:
         model (`PeftModel`): The model.
@@ -75,6 +75,9 @@ def save_model(
     if image_processor is not None:
         for folder in (partial, *(partial / name for name in adapters)):
             image_processor.save_pretrained(folder)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(old)
     partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -54,13 +54,16 @@ class WrappingLayer(nn.Module, BaseTunerLayer):
         """The active adapters that this layer has."""
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in containers]
 
+    def containers_of(self, adapter_name: str) -> list[nn.ModuleDict]:
+        """The containers that hold modules of an adapter."""
+        containers = [getattr(self, name) for name in self.adapter_layer_names]
+        return [entries for entries in containers if isinstance(entries, nn.ModuleDict) and adapter_name in entries]
+
     def _place(self, adapter_name: str, inference_mode: bool) -> None:
         """Moves a new adapter to the wrapped module's device and into its mode; only an active one is trained."""
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        for name in self.adapter_layer_names:
-            container = getattr(self, name)
-            if isinstance(container, nn.ModuleDict) and adapter_name in container:
-                container[adapter_name].train(self.base_layer.training)
+        for container in self.containers_of(adapter_name):
+            container[adapter_name].train(self.base_layer.training)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
@@ -126,10 +129,11 @@ class DynammoLayer(WrappingLayer):
         self.dynammo_alpha[adapter_name] = nn.Parameter(torch.full((1,), config.init_alpha))
         self._place(adapter_name, config.inference_mode)
 
+    @torch.no_grad()
     def copy_adapter(self, source: str, target: str) -> None:
         """Copies parameters and statistics of one adapter to another."""
-        self.dynammo_alpha[target].data.copy_(self.dynammo_alpha[source])
-        for container in self._modules_by_adapter(target):
+        self.dynammo_alpha[target].copy_(self.dynammo_alpha[source])
+        for container in self.containers_of(target):
             container[target].load_state_dict(container[source].state_dict())
 
     @torch.no_grad()
@@ -146,16 +150,11 @@ class DynammoLayer(WrappingLayer):
             return
         combine = COMBINATIONS[combination_type]
         self.dynammo_alpha[merged].copy_(combine([self.dynammo_alpha[name] for name in adapters], weights))
-        for container in self._modules_by_adapter(merged):
+        for container in self.containers_of(merged):
             for key, parameter in container[merged].named_parameters():
                 parameter.copy_(combine([container[name].get_parameter(key) for name in adapters], weights))
             for key, buffer in container[merged].named_buffers():
                 buffer.copy_(average_statistics([container[name].get_buffer(key) for name in adapters], weights))
-
-    def _modules_by_adapter(self, name: str) -> list[nn.ModuleDict]:
-        """The containers that hold modules of an adapter."""
-        containers = [getattr(self, container) for container in self.adapter_layer_names]
-        return [entries for entries in containers if isinstance(entries, nn.ModuleDict) and name in entries]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         names = self._own_adapters(self.dynammo_down)

@@ -172,10 +172,7 @@ class DynammoModel(BaseTuner):
     def _adapter_modules(self, adapter_name: str) -> Iterator[nn.Module]:
         for layer in self.model.modules():
             if isinstance(layer, WrappingLayer):
-                for container in layer.adapter_layer_names:
-                    entries = getattr(layer, container)
-                    if adapter_name in entries and isinstance(entries[adapter_name], nn.Module):
-                        yield entries[adapter_name]
+                yield from (container[adapter_name] for container in layer.containers_of(adapter_name))
 
     def train(self, mode: bool = True) -> DynammoModel:
         """Training mode for what is trained; a frozen backbone or adapter stays in evaluation mode.
@@ -279,7 +276,6 @@ class DynammoModel(BaseTuner):
                 parameter.requires_grad_(requires_grad)
         self.train(self.model.training)
 
-    @torch.no_grad()
     def copy_adapter(self, source: str, target: str) -> None:
         """Copies the blocks' adapters of `source`, with their statistics, to `target`; heads are not copied.
 
@@ -336,12 +332,11 @@ class DynammoModel(BaseTuner):
             del self.peft_config[adapter_name]
             raise
         self._cast_adapter_dtype(adapter_name)
-        with torch.no_grad():
-            for layer in self.model.modules():
-                if isinstance(layer, DynammoHead):
-                    layer.concatenate_heads(adapters, adapter_name)
-                elif isinstance(layer, DynammoLayer):
-                    layer.merge_adapters(adapters, adapter_name, mixture, combination_type)
+        for layer in self.model.modules():
+            if isinstance(layer, DynammoHead):
+                layer.concatenate_heads(adapters, adapter_name)
+            elif isinstance(layer, DynammoLayer):
+                layer.merge_adapters(adapters, adapter_name, mixture, combination_type)
         if adapter_name in active:
             self.set_adapter(active)
         self.set_requires_grad(adapter_name, requires_grad=False)
