@@ -202,6 +202,8 @@ class DynammoHead(WrappingLayer):
     """
 
     adapter_layer_names = ("dynammo_head",)
+    # Heads are placed side by side, not merged.
+    is_head = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: DynammoConfig, features: int) -> None:
         super().__init__(base_layer, adapter_name)

@@ -1,0 +1,128 @@
+"""Adapters as named tensors: what the merge functions read and write, for any PEFT method.
+
+Names leave the adapter's own name out, so that the tensors of different adapters have the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Union
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+
+AdaptedModel = Union[PeftModel, BaseTuner]
+AdapterTensors = dict[str, Tensor]
+Kind = Literal["parameter", "factor_a", "factor_b", "statistic"]
+
+# Of LoRA's two factors the product is the adapter: each takes the root of a merge weight, as PEFT has it.
+FACTORS: dict[str, Kind] = {
+    "lora_A": "factor_a",
+    "lora_B": "factor_b",
+    "lora_embedding_A": "factor_a",
+    "lora_embedding_B": "factor_b",
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a tensor of which every adapter has one of its own.
+
+    Args:
+        layer (`str`): Name of the tuner layer in the base model.
+        container (`str`): Which of the layer's containers, as `"lora_A"`.
+        tensor (`str`): Name in the adapter's module, as `"weight"`; empty where the adapter's entry is a tensor.
+        output_dim (`int`): Dimension of the output channels.
+        kind (`Literal["parameter", "factor_a", "factor_b", "statistic"]`): How a merge has to treat it.
+    """
+
+    layer: str
+    container: str
+    tensor: str
+    output_dim: int
+    kind: Kind
+
+    @property
+    def key(self) -> str:
+        """Its name without the adapter's."""
+        return ".".join(part for part in (self.layer, self.container, self.tensor) if part)
+
+    def name(self, adapter: str) -> str:
+        """Name of an adapter's own tensor in the base model's state."""
+        return ".".join(part for part in (self.layer, self.container, adapter, self.tensor) if part)
+
+
+def adapted_base(model: AdaptedModel) -> nn.Module:
+    """The base model with tuner layers in it: the names of slots are relative to it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model.model
+
+
+def adapter_slots(model: AdaptedModel, adapter: str) -> dict[str, Slot]:
+    """The places of an adapter's tensors by their `key`.
+
+    Heads of DynaMMo adapters are left out: each has classes of its own, so they are placed side by side, not merged.
+
+    Args:
+        model (`Union[PeftModel, BaseTuner]`): A model with adapters.
+        adapter (`str`): Name of an adapter.
+
+    Raises:
+        ValueError: If the adapter does not exist.
+    """
+    if adapter not in model.peft_config:
+        raise ValueError(f"Adapter {adapter!r} does not exist; there are {', '.join(model.peft_config)}.")
+    return {slot.key: slot for slot in _slots(adapted_base(model), adapter)}
+
+
+def _slots(base: nn.Module, adapter: str) -> Iterator[Slot]:
+    for layer_name, layer in base.named_modules():
+        if not isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or getattr(layer, "is_head", False):
+            continue
+        for container_name in layer.adapter_layer_names:
+            container = getattr(layer, container_name, None)
+            if not isinstance(container, (nn.ModuleDict, nn.ParameterDict)) or adapter not in container:
+                continue
+            kind = FACTORS.get(container_name, "parameter")
+            if isinstance(container, nn.ParameterDict):
+                yield Slot(layer_name, container_name, "", 0, kind)
+                continue
+            buffers = dict(container[adapter].named_buffers())
+            for tensor_name in container[adapter].state_dict():
+                owner = container[adapter].get_submodule(tensor_name.rpartition(".")[0])
+                transposed = isinstance(owner, nn.modules.conv._ConvTransposeNd) and tensor_name.endswith("weight")
+                own_kind: Kind = "statistic" if tensor_name in buffers else kind
+                yield Slot(layer_name, container_name, tensor_name, int(transposed), own_kind)
+
+
+def adapter_tensors(model: AdaptedModel, adapter: str) -> AdapterTensors:
+    """The tensors of an adapter, those in the model and not copies, by the keys of their slots.
+
+    Args:
+        model (`Union[PeftModel, BaseTuner]`): A model with adapters.
+        adapter (`str`): Name of an adapter.
+
+    Raises:
+        ValueError: If the adapter does not exist.
+    """
+    base = adapted_base(model)
+    state = {**dict(base.named_parameters(remove_duplicate=False)), **dict(base.named_buffers(remove_duplicate=False))}
+    return {key: state[slot.name(adapter)] for key, slot in adapter_slots(model, adapter).items()}
+
+
+@torch.no_grad()
+def set_adapter_tensors(model: AdaptedModel, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    """Writes values into the tensors of an adapter.
+
+    Args:
+        model (`Union[PeftModel, BaseTuner]`): A model with adapters.
+        adapter (`str`): Name of an adapter.
+        tensors (`Mapping[str, Tensor]`): Values by key, of the shapes that the adapter's tensors have.
+    """
+    own = adapter_tensors(model, adapter)
+    for key, value in tensors.items():
+        own[key].copy_(value)
