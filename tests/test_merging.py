@@ -6,7 +6,8 @@ from peft import PeftModel, get_peft_model
 from tiny import CONFIGS, tiny_images, tiny_model
 
 from dynammo_peft import DynammoConfig, forward_cost
-from dynammo_peft.merging import average_statistics, check_weights, linear
+from dynammo_peft.merging import adapter_slots, adapter_tensors, diagonal_fisher, merge_adapters, ties
+from dynammo_peft.merging import merge as merge_module
 from dynammo_peft.tuner import DynammoLayer
 
 
@@ -57,8 +58,8 @@ def merged_by_hand(states, weights):
         elif "num_batches_tracked" in key:
             merged[key] = torch.tensor(sum(tensor.item() for tensor in tensors))
         else:
-            scale = sum(weights) if "running_" in key else 1.0
-            merged[key] = sum(weight / scale * tensor for weight, tensor in zip(weights, tensors))
+            own = [abs(weight) / sum(map(abs, weights)) for weight in weights] if "running_" in key else weights
+            merged[key] = sum(weight * tensor for weight, tensor in zip(own, tensors))
     return merged
 
 
@@ -71,6 +72,7 @@ def merged_by_hand(states, weights):
         (2, [0.0, 1.0]),
         # Parameters are scaled, statistics are not.
         (2, [1.0, 3.0]),
+        (2, [1.0, -2.0]),
         (3, [0.1, 0.2, 0.3]),
     ],
 )
@@ -141,7 +143,10 @@ def test_heads_stand_in_the_order_of_the_adapters(scoring):
 def test_merging_merged_adapters():
     model = with_adapters("vit", 3)
     model.add_weighted_adapter(["task_000", "task_001"], adapter_name="first")
+    model.peft_config["first"].merge_weights = {"granularity": "task"}
     model.add_weighted_adapter(["first", "task_002"], [2 / 3, 1 / 3], adapter_name="second")
+    # What is known of the making of the first is not true of the second.
+    assert model.peft_config["second"].merge_weights is None
     model.add_weighted_adapter(["task_000", "task_001", "task_002"])
     assert model.peft_config["second"].classes == model.peft_config["merged"].classes == CLASSES[:3]
     second = own_state(model, "second")
@@ -244,7 +249,7 @@ def test_cost_does_not_grow_with_the_number_of_tasks(name):
         costs[adapter] = forward_cost(model, lambda: model(images))
     assert costs["one"] == costs["task_000"]
     # Four heads more: six classes and an "others" for each.
-    features = model.base_model.head.features
+    features = model.base_model.head.dynammo_head["one"].in_features
     assert costs["five"].multiply_adds - costs["one"].multiply_adds == (6 + 4) * features
     assert costs["five"].parameters - costs["one"].parameters == (6 + 4) * (features + 1)
 
@@ -260,8 +265,15 @@ def test_cost_does_not_grow_with_the_number_of_tasks(name):
         ({"weights": [1.0, float("nan")]}, "finite.*nan"),
         ({"weights": [1.0, float("inf")]}, "finite.*inf"),
         ({"weights": [0.0, 0.0]}, "not all zero"),
-        ({"weights": [1.5, -0.5]}, "not negative.*-0.5"),
-        ({"combination_type": "ties"}, "combination_type='ties'.*'linear'"),
+        ({"weights": [1.5, -0.5], "combination_type": "uniform"}, "not be negative for a mean.*-0.5"),
+        ({"combination_type": "tie"}, "combination_type='tie' does not exist.*'linear'.*'ties'"),
+        ({"combination_type": "ties"}, "'ties' needs the option 'density'; .*majority_sign_method, base"),
+        ({"combination_type": "ties", "density": 2}, "density=2"),
+        ({"combination_type": "fisher"}, "'fisher' needs the option 'fisher'"),
+        ({"combination_type": "fisher", "fisher": [{}, {}]}, r"fisher\[0\] holds nothing for 'vit"),
+        ({"density": 0.5}, "'linear' has no option 'density'; it has no options"),
+        ({"combination_type": "running_mean", "decay": 0.5}, "no option 'decay'; its options are count"),
+        ({"adapters": ["task_000", "task_009"]}, "'task_009' does not exist; there are task_000"),
         ({"adapter_name": "task_001"}, "'task_001' cannot be merged into itself"),
         ({"adapters": ["task_000", "other_factor"]}, "'task_000' and 'other_factor' differ in reduction_factor.*2.*4"),
         ({"adapters": ["task_000", "other_kernel"]}, "differ in kernel_size"),
@@ -299,37 +311,97 @@ def test_errors(arguments, message):
     assert model.active_adapters == ["task_000"]
 
 
-def test_further_trained_modules_cannot_be_merged():
-    # As in LoRA: the merged adapter would silently get the base model's instead.
+def test_further_trained_modules_are_merged():
     model = with_adapters("vit", modules_to_save=["layernorm"])
-    with pytest.raises(ValueError, match="modules_to_save"):
+    saved = model.base_model.model.vit.layernorm.modules_to_save
+    with torch.no_grad():
+        saved["task_000"].weight.fill_(3)
+        saved["task_001"].weight.fill_(5)
+    model.add_weighted_adapter(["task_000", "task_001"], [0.5, 0.25])
+    assert (saved["merged"].weight == 2.75).all()
+    assert model.peft_config["merged"].modules_to_save == ["layernorm"]
+
+
+def test_other_functions_merge_blocks_but_not_heads_or_statistics():
+    model = with_adapters("vit")
+    names = ["task_000", "task_001"]
+    model.add_weighted_adapter(names)
+    linear = own_state(model, "merged")
+    model.add_weighted_adapter(names, combination_type="ties", density=0.5)
+    found, parameters = own_state(model, "merged"), {}
+    for name in names:
+        own = adapter_tensors(model, name)
+        parameters[name] = {
+            key: own[key] for key, slot in adapter_slots(model, name).items() if slot.kind == "parameter"
+        }
+    expected = ties(list(parameters.values()), torch.ones(2), density=0.5)
+    assert sum("dynammo_up.weight" in key for key in expected) == 4
+    for key, value in found.items():
+        slot = key.removeprefix("base_model.model.").strip(".")
+        torch.testing.assert_close(value, expected.get(slot, linear[key]), msg=key)
+
+
+def test_merge_by_fisher_information():
+    model, images = with_adapters("vit"), tiny_images("vit", 4)
+    names = ["task_000", "task_001"]
+    measured = [diagonal_fisher(model, name, [images]) for name in names]
+    model.add_weighted_adapter(names, combination_type="fisher", fisher=measured)
+    merged = adapter_tensors(model, "merged")
+    key = next(key for key in measured[0] if "dynammo_up.weight" in key)
+    first, second = (adapter_tensors(model, name)[key] for name in names)
+    shares = measured[0][key] / (measured[0][key] + measured[1][key])
+    known = shares.isfinite()
+    assert known.float().mean() > 0.9
+    expected = shares * first + (1 - shares) * second
+    torch.testing.assert_close(merged[key][known], expected[known].float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("active", ["task_000", "merged"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_failure_leaves_no_trace(exists, active, monkeypatch):
+    if active == "merged" and not exists:
+        return
+    model, images = with_adapters("resnet_basic", 3), tiny_images("resnet_basic")
+    if exists:
         model.add_weighted_adapter(["task_000", "task_001"])
-    assert list(model.peft_config) == ["task_000", "task_001"]
+        model.set_adapter(active)
+    model.train()
+    before = dict(model.state_dict(keep_vars=True))
+    values = {key: value.clone() for key, value in before.items()}
+    flags = {key: (value.requires_grad) for key, value in model.named_parameters()}
+    modes = {key: module.training for key, module in model.named_modules()}
+    configs, labels = dict(model.peft_config), dict(model.config.id2label)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(merge_module, "set_adapter_tensors", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.add_weighted_adapter(["task_001", "task_002"])
+    monkeypatch.undo()
+    after = dict(model.state_dict(keep_vars=True))
+    assert sorted(after) == sorted(before)
+    assert all(after[key] is before[key] and torch.equal(after[key], values[key]) for key in before)
+    assert {key: value.requires_grad for key, value in model.named_parameters()} == flags
+    assert {key: module.training for key, module in model.named_modules()} == modes
+    assert dict(model.peft_config) == configs
+    assert (model.active_adapters, model.config.id2label) == ([active], labels)
+    assert sorted(model.base_model.head.sizes) == sorted(model.base_model.head.scoring) == sorted(configs)
+    model.eval()
+    assert logits_of(model, images).shape == (2, len(labels))
+    model.add_weighted_adapter(["task_001", "task_002"])
+    assert model.peft_config["merged"].classes == CLASSES[1:3]
 
 
-def test_linear():
-    tensors = [torch.tensor([[1.0, 2.0]]), torch.tensor([[10.0, -4.0]])]
-    weights = torch.tensor([0.5, 2.0], requires_grad=True)
-    merged = linear(tensors, weights)
-    assert merged.tolist() == [[20.5, -7.0]]
-    merged.sum().backward()
-    assert weights.grad.tolist() == [3.0, 6.0]
-    assert linear(tensors, weights.double()).dtype is torch.float32
-
-
-def test_average_statistics():
-    tensors = [torch.tensor([1.0, 2.0]), torch.tensor([4.0, -1.0])]
-    weights = torch.tensor([1.0, 3.0], requires_grad=True)
-    average = average_statistics(tensors, weights)
-    assert average.tolist() == [3.25, -0.25]
-    # The mean does not depend on the scale of the weights.
-    torch.testing.assert_close(average_statistics(tensors, 7 * weights), average)
-    average[0].backward()
-    assert weights.grad.tolist() == pytest.approx([(1 - 3.25) / 4, (4 - 3.25) / 4])
-    counts = average_statistics([torch.tensor(3), torch.tensor(4)], weights)
-    assert (counts.item(), counts.dtype) == (7, torch.int64)
-
-
-def test_check_weights():
-    assert check_weights([1, 0.5], 2).tolist() == [1.0, 0.5]
-    assert check_weights(torch.tensor([0.25, 0.0]), 2).tolist() == [0.25, 0.0]
+def test_the_tuner_and_the_function_do_the_same():
+    model = with_adapters("vit")
+    model.add_weighted_adapter(["task_000", "task_001"], [0.3, 0.4])
+    expected = own_state(model, "merged")
+    model.base_model.add_weighted_adapter(["task_000", "task_001"], [0.3, 0.4], "second")
+    merge_adapters(model, ["task_000", "task_001"], [0.3, 0.4], "third")
+    merge_adapters(model.base_model, ["task_000", "task_001"], [0.3, 0.4], "fourth")
+    for name in ("second", "third", "fourth"):
+        assert all(torch.equal(value, expected[key]) for key, value in own_state(model, name).items())
+        assert model.peft_config[name].classes == CLASSES[:2]
+    with pytest.raises(ValueError, match="'fourth' exists already"):
+        model.base_model.create_merged_adapter(["task_000", "task_001"], "fourth")

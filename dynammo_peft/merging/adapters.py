@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 AdaptedModel = Union[PeftModel, BaseTuner]
 AdapterTensors = dict[str, Tensor]
-Kind = Literal["parameter", "factor_a", "factor_b", "statistic"]
+Kind = Literal["parameter", "factor_a", "factor_b", "scaled", "statistic", "constant"]
 
 # Of LoRA's two factors the product is the adapter: each takes the root of a merge weight, as PEFT has it.
 FACTORS: dict[str, Kind] = {
@@ -38,7 +38,9 @@ class Slot:
         container (`str`): Which of the layer's containers, as `"lora_A"`.
         tensor (`str`): Name in the adapter's module, as `"weight"`; empty where the adapter's entry is a tensor.
         output_dim (`int`): Dimension of the output channels.
-        kind (`Literal["parameter", "factor_a", "factor_b", "statistic"]`): How a merge has to treat it.
+        kind (`Literal["parameter", "factor_a", "factor_b", "scaled", "statistic", "constant"]`):
+            How a merge has to treat it. `"scaled"`: its layer multiplies it by the adapter's scaling, and it is no
+            factor. `"statistic"`: running statistics. `"constant"`: what is no number to be averaged, as indices.
     """
 
     layer: str
@@ -95,8 +97,18 @@ def _slots(base: nn.Module, adapter: str) -> Iterator[Slot]:
             for tensor_name in container[adapter].state_dict():
                 owner = container[adapter].get_submodule(tensor_name.rpartition(".")[0])
                 transposed = isinstance(owner, nn.modules.conv._ConvTransposeNd) and tensor_name.endswith("weight")
-                own_kind: Kind = "statistic" if tensor_name in buffers else kind
+                own_kind = kind
+                if tensor_name in buffers:
+                    own_kind = _buffer_kind(owner, buffers[tensor_name])
+                elif kind != "parameter" and tensor_name == "bias":
+                    own_kind = "scaled"
                 yield Slot(layer_name, container_name, tensor_name, int(transposed), own_kind)
+
+
+def _buffer_kind(owner: nn.Module, buffer: Tensor) -> Kind:
+    # Only BatchNorm counts; other integers are places, as those of attention's relative positions.
+    counts = isinstance(owner, nn.modules.batchnorm._NormBase)
+    return "statistic" if counts or buffer.is_floating_point() else "constant"
 
 
 def adapter_tensors(model: AdaptedModel, adapter: str) -> AdapterTensors:

@@ -1,6 +1,7 @@
-"""Merge functions: several adapters' tensors of one name and a weight for each, to one tensor.
+"""Merge functions: several adapters' tensors and a weight for each, to one adapter's tensors.
 
-They know nothing of models or of adapters' layouts, so that they serve any PEFT method.
+They know nothing of models or of adapters' layouts, so that they serve any PEFT method. Statistics of BatchNorm are
+not for them, but for `average_statistics`.
 """
 
 from __future__ import annotations
@@ -11,50 +12,223 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
+from .adapters import AdapterTensors
+from .registry import merge_function
 
-def linear(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The weighted sum of parameters: `sum_i w_i * theta_i`, differentiable in `weights`.
 
-    Args:
-        tensors (`Sequence[Tensor]`): One tensor for each adapter, of one shape.
-        weights (`Tensor`): One weight for each adapter, `(T,)`.
-
-    Returns:
-        `Tensor`: The merged tensor.
-    """
+def linear_tensor(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """`sum_i w_i * theta_i` of one tensor of each adapter, differentiable in `weights` `(T,)`."""
     return merge_utils.task_arithmetic(list(tensors), weights.to(tensors[0]))
 
 
 def average_statistics(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The weighted mean of running statistics: `sum_i w_i * s_i / sum_i w_i`.
+    """The weighted mean of running statistics: `sum_i |w_i| * s_i / sum_i |w_i|`.
 
     Weights that do not sum to one scale parameters, but a mean or a variance of features is no sum of others. Integer
     statistics (the number of batches seen) are added up, whatever the weights.
 
     Args:
         tensors (`Sequence[Tensor]`): One statistic for each adapter, of one shape.
-        weights (`Tensor`): One non-negative weight for each adapter, `(T,)`.
+        weights (`Tensor`): One weight for each adapter, not all zero, `(T,)`.
 
     Returns:
         `Tensor`: The merged statistic.
     """
     if not tensors[0].is_floating_point():
         return torch.stack(list(tensors)).sum(dim=0)
-    return linear(tensors, weights / weights.sum())
+    return linear_tensor(tensors, weights.abs() / weights.abs().sum())
 
 
-COMBINATIONS: dict[str, Callable[[Sequence[Tensor], Tensor], Tensor]] = {"linear": linear}
+@merge_function()
+def linear(adapters: Sequence[AdapterTensors], weights: Tensor) -> AdapterTensors:
+    """The weighted sum of parameters: `sum_i w_i * theta_i`, differentiable in `weights`.
+
+    Args:
+        adapters (`Sequence[AdapterTensors]`): The adapters' tensors, of the same names and shapes.
+        weights (`Tensor`): One weight for each adapter, `(T,)`.
+
+    Returns:
+        `AdapterTensors`: The merged tensors.
+    """
+    return _by_tensor(adapters, lambda _, tensors: linear_tensor(tensors, weights))
 
 
-def check_weights(weights: Sequence[float], count: int) -> Tensor:
-    """Merge weights as a tensor, `(count,)`.
+def _equal(weights: Tensor) -> Tensor:
+    return torch.full_like(weights, 1 / len(weights))
+
+
+@merge_function(averages=True, proportions=_equal)
+def uniform(adapters: Sequence[AdapterTensors], weights: Tensor) -> AdapterTensors:
+    """The mean of the adapters' parameters (Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, "uniform soup").
+
+    Args:
+        adapters (`Sequence[AdapterTensors]`): The adapters' tensors, of the same names and shapes.
+        weights (`Tensor`): Ignored.
+
+    Returns:
+        `AdapterTensors`: The merged tensors.
+    """
+    return linear(adapters, _equal(weights))
+
+
+def _running(weights: Tensor, *, count: int) -> Tensor:
+    if count < 1:
+        raise ValueError(f"count={count} must be at least 1: the number of adapters that the first stands for.")
+    proportions = torch.ones_like(weights)
+    proportions[0] = count
+    return proportions / proportions.sum()
+
+
+@merge_function(averages=True, proportions=_running)
+def running_mean(adapters: Sequence[AdapterTensors], weights: Tensor, *, count: int) -> AdapterTensors:
+    """The mean of many adapters of which only the mean so far and the newest are there.
+
+    Args:
+        adapters (`Sequence[AdapterTensors]`): The adapter merged so far, then the new ones.
+        weights (`Tensor`): Ignored.
+        count (`int`): Number of adapters that the first one is the mean of.
+
+    Returns:
+        `AdapterTensors`: The merged tensors.
 
     Raises:
-        ValueError: If there is not one weight for each adapter, one is negative or not finite, or all are zero.
+        ValueError: If `count` is less than 1.
     """
-    if len(weights) != count:
-        raise ValueError(f"{len(weights)} weights for {count} adapters; give one weight for each adapter.")
-    tensor = torch.as_tensor(weights, dtype=torch.float64)
-    if not torch.isfinite(tensor).all() or (tensor < 0).any() or tensor.sum() == 0:
-        raise ValueError(f"Merge weights must be finite, not negative and not all zero, got {list(weights)}.")
+    return linear(adapters, _running(weights, count=count))
+
+
+def _fading(weights: Tensor, *, decay: float) -> Tensor:
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay={decay} must be between 0 and 1: the part of what was merged before that is kept.")
+    kept = decay ** torch.arange(len(weights) - 1, -1, -1, dtype=weights.dtype, device=weights.device)
+    # The first adapter is the start, not blended with anything.
+    return torch.cat([kept[:1], (1 - decay) * kept[1:]])
+
+
+@merge_function(averages=True, proportions=_fading)
+def exponential_moving_average(adapters: Sequence[AdapterTensors], weights: Tensor, *, decay: float) -> AdapterTensors:
+    """The adapters folded in their order: `merged = decay * merged + (1 - decay) * theta_i`, from the first on.
+
+    Args:
+        adapters (`Sequence[AdapterTensors]`): The adapters' tensors, the oldest first.
+        weights (`Tensor`): Ignored.
+        decay (`float`): The part of what was merged before that is kept.
+
+    Returns:
+        `AdapterTensors`: The merged tensors.
+
+    Raises:
+        ValueError: If `decay` is not between 0 and 1.
+    """
+    return linear(adapters, _fading(weights, decay=decay))
+
+
+@merge_function(averages=True, per_adapter="fisher")
+def fisher(
+    adapters: Sequence[AdapterTensors],
+    weights: Tensor,
+    *,
+    fisher: Sequence[AdapterTensors],
+    epsilon: float = 1e-12,
+) -> AdapterTensors:
+    """The mean in which each parameter counts by its Fisher information: `sum_i w_i F_i theta_i / sum_i w_i F_i`.
+
+    It is the most likely parameter under the adapters' Laplace approximations (Matena & Raffel 2022,
+    https://arxiv.org/abs/2111.09832, section 2). A parameter of which no adapter knows anything is their plain mean.
+
+    Args:
+        adapters (`Sequence[AdapterTensors]`): The adapters' tensors, of the same names and shapes.
+        weights (`Tensor`): One weight for each adapter, not negative, `(T,)`.
+        fisher (`Sequence[AdapterTensors]`): The diagonal Fisher information of each, as of `diagonal_fisher`.
+        epsilon (`float`): A weighted sum of Fishers up to this part of its mean over the tensor is taken for zero.
+
+    Returns:
+        `AdapterTensors`: The merged tensors.
+
+    Raises:
+        ValueError: If there is not one Fisher information for each adapter and tensor, or one is negative.
+    """
+    _check_count("fisher", fisher, adapters)
+    shares = weights / weights.sum()
+
+    def merge(key: str, tensors: list[Tensor]) -> Tensor:
+        exact = [tensor.double() for tensor in tensors]
+        information = [_measured("fisher", fisher, i, key, tensors[0].shape).to(exact[0]) for i in range(len(exact))]
+        if not all((values >= 0).all() for values in information):
+            raise ValueError(f"fisher of {key!r} must not be negative; it is a mean of squares.")
+        total = linear_tensor(information, shares)
+        known = total > epsilon * total.mean()
+        weighted = linear_tensor([f * theta for f, theta in zip(information, exact)], shares)
+        merged = torch.where(known, weighted / torch.where(known, total, 1), linear_tensor(exact, shares))
+        return merged.to(tensors[0])
+
+    return _by_tensor(adapters, merge)
+
+
+@merge_function(averages=True, per_adapter="grams")
+def regmean(
+    adapters: Sequence[AdapterTensors],
+    weights: Tensor,
+    *,
+    grams: Sequence[AdapterTensors],
+    off_diagonal: float = 0.9,
+) -> AdapterTensors:
+    """Linear layers whose outputs are nearest to those of the adapters' own, on the inputs of each.
+
+    `W = sum_i w_i W_i G_i (sum_i w_i G_i)^-1` minimises `sum_i w_i |x W' - x W_i'|^2` with `G_i` the mean of `x' x`
+    (Jin et al. 2023, https://arxiv.org/abs/2212.09849, section 3). Where no inputs were seen it is the mean, as are
+    the tensors without Gram matrix.
+
+    Args:
+        adapters (`Sequence[AdapterTensors]`): The adapters' tensors, of the same names and shapes.
+        weights (`Tensor`): One weight for each adapter, not negative, `(T,)`.
+        grams (`Sequence[AdapterTensors]`):
+            Gram matrices `(in, in)` of each adapter by the keys of weights `(out, in)`, as of `input_grams`.
+        off_diagonal (`float`):
+            Factor of the elements off the diagonals, the paper's alpha: 1 is plain least squares.
+
+    Returns:
+        `AdapterTensors`: The merged tensors.
+
+    Raises:
+        ValueError: If there are not Gram matrices of each adapter for the same tensors, or `off_diagonal` is not
+            between 0 and 1.
+    """
+    _check_count("grams", grams, adapters)
+    if not 0 <= off_diagonal <= 1:
+        raise ValueError(f"off_diagonal={off_diagonal} must be between 0 and 1.")
+    shares = weights / weights.sum()
+
+    def merge(key: str, tensors: list[Tensor]) -> Tensor:
+        if not any(key in measured for measured in grams):
+            return linear_tensor(tensors, shares)
+        exact = [tensor.double() for tensor in tensors]
+        shape = (tensors[0].shape[-1],) * 2
+        found = [_measured("grams", grams, i, key, shape).to(exact[0]) for i in range(len(exact))]
+        found = [off_diagonal * gram + (1 - off_diagonal) * gram.diag().diag() for gram in found]
+        total = linear_tensor(found, shares)
+        mean = linear_tensor(exact, shares)
+        # From the mean on, so that directions without any input stay there.
+        residual = linear_tensor([(theta - mean) @ gram for theta, gram in zip(exact, found)], shares)
+        # What a LayerNorm puts out has a direction of rounding errors only; those of float32 squared are left out.
+        return (mean + residual @ torch.linalg.pinv(total, rtol=1e-10, hermitian=True)).to(tensors[0])
+
+    return _by_tensor(adapters, merge)
+
+
+def _by_tensor(adapters: Sequence[AdapterTensors], merge: Callable[[str, list[Tensor]], Tensor]) -> AdapterTensors:
+    return {key: merge(key, [adapter[key] for adapter in adapters]) for key in adapters[0]}
+
+
+def _check_count(option: str, measured: Sequence[AdapterTensors], adapters: Sequence[AdapterTensors]) -> None:
+    if len(measured) != len(adapters):
+        raise ValueError(f"{option} holds {len(measured)} entries for {len(adapters)} adapters; give one for each.")
+
+
+def _measured(option: str, measured: Sequence[AdapterTensors], index: int, key: str, shape: Sequence[int]) -> Tensor:
+    """What was measured of a tensor of one adapter, or a `ValueError`."""
+    tensor = measured[index].get(key)
+    if tensor is None or tensor.shape != tuple(shape):
+        found = "nothing" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
+        raise ValueError(f"{option}[{index}] holds {found} for {key!r}; it must have shape {tuple(shape)}.")
     return tensor

@@ -1,0 +1,154 @@
+"""Whether adapters of a model can be merged with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .adapters import AdaptedModel, adapter_tensors
+from .state import adapter_layers, tuner_of
+
+
+# What may differ between adapters, as it does not change what their tensors mean, or is taken account of (scalings).
+FREE_FIELDS = {
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "runtime_config",
+    "lora_alpha",
+    "alpha_pattern",
+    "use_rslora",
+}
+# What matters only if other tensors follow from it.
+TARGET_FIELDS = {
+    "target_modules",
+    "exclude_modules",
+    "target_parameters",
+    "feedforward_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+}
+# These take a part of the base weights into the adapter, so that the adapters of a model depend on one another.
+BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: str) -> None:
+    """Raises a `ValueError` unless the adapters exist, are built alike and can be merged into `adapter_name`.
+
+    Args:
+        model (`Union[PeftModel, BaseTuner]`): A model with adapters.
+        adapters (`Sequence[str]`): Names of the adapters to merge.
+        adapter_name (`str`): Name of the adapter to be made.
+    """
+    if not adapters:
+        raise ValueError("No adapters to merge; name at least one.")
+    if adapter_name in adapters:
+        raise ValueError(f"Adapter {adapter_name!r} cannot be merged into itself; choose another adapter_name.")
+    # PEFT keeps adapters in these modules by their names.
+    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+        raise ValueError(
+            f"Adapter name {adapter_name!r} must not be empty, hold a dot or be the name of an attribute of "
+            "torch.nn.ParameterDict; choose another."
+        )
+    for name in adapters:
+        if name not in model.peft_config:
+            raise ValueError(f"Adapter {name!r} does not exist; there are {', '.join(model.peft_config)}.")
+    folded = {name for layer in adapter_layers(model) for name in layer.merged_adapters}
+    if folded:
+        raise ValueError(
+            f"Adapters {', '.join(sorted(folded))} are merged into the base weights; call `unmerge_adapter` first."
+        )
+    tuner = tuner_of(model)
+    if hasattr(tuner, "check_mergeable"):
+        tuner.check_mergeable(adapters, adapter_name)
+    else:
+        _check_configs(model, adapters)
+    _check_tensors(model, adapters)
+    check_constants(model, adapters)
+
+
+def check_constants(model: AdaptedModel, adapters: Sequence[str]) -> None:
+    """Raises a `ValueError` if layers keep other constants for the adapters, as the places of sparse weights."""
+    for layer in adapter_layers(model):
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        for attribute in layer.other_param_names:
+            container = getattr(layer, attribute, None)
+            if not hasattr(container, "keys"):
+                continue
+            values = {name: container[name] for name in adapters if name in container}
+            first = next(iter(values.values()), None)
+            for name, value in values.items():
+                if isinstance(value, Tensor) and not torch.equal(value, first):
+                    raise ValueError(
+                        f"Adapters {adapters[0]!r} and {name!r} differ in their constants {attribute}, with which "
+                        "their tensors cannot be merged; give all the same random seed."
+                    )
+
+
+def _check_configs(model: AdaptedModel, adapters: Sequence[str]) -> None:
+    configs = [model.peft_config[name] for name in adapters]
+    for name, config in zip(adapters, configs):
+        kind = config.peft_type.value
+        if kind == "ADALORA" or config.is_prompt_learning or config.is_adaption_prompt:
+            raise ValueError(f"Adapter {name!r} is of peft_type {kind!r}, which cannot be merged.")
+        if config.peft_type is not configs[0].peft_type:
+            _raise_differing(adapters[0], name, "peft_type", configs[0].peft_type.value, kind)
+        if getattr(config, "bias", "none") != "none":
+            raise ValueError(
+                f"Adapter {name!r} has bias={config.bias!r}: it trains biases of the base model, of which there is "
+                "one only. Train adapters to be merged with bias='none'."
+            )
+        start = getattr(config, "init_lora_weights", None)
+        if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INIT):
+            raise ValueError(
+                f"Adapter {name!r} has init_lora_weights={start!r}, which changes the base weights. Convert it to "
+                "LoRA when saving it (`path_initial_model_for_weight_conversion`) and load that."
+            )
+        for field in _differing_fields(configs[0], config):
+            if field not in TARGET_FIELDS:
+                _raise_differing(adapters[0], name, field, getattr(configs[0], field), getattr(config, field))
+
+
+def _differing_fields(first: PeftConfig, second: PeftConfig) -> list[str]:
+    names = [field.name for field in fields(first) if field.name not in FREE_FIELDS]
+    # What matters in training only.
+    names = [name for name in names if "dropout" not in name and not name.startswith("init_")]
+    return [name for name in names if _unordered(getattr(first, name)) != _unordered(getattr(second, name))]
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, (list, set, tuple)) else value
+
+
+def _check_tensors(model: AdaptedModel, adapters: Sequence[str]) -> None:
+    shapes = [{key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, name).items()} for name in adapters]
+    if not shapes[0]:
+        raise ValueError(f"Adapter {adapters[0]!r} has no tensors that could be merged.")
+    for name, own in zip(adapters[1:], shapes[1:]):
+        if own == shapes[0]:
+            continue
+        configs = model.peft_config[adapters[0]], model.peft_config[name]
+        for field in _differing_fields(*configs):
+            if field in TARGET_FIELDS:
+                _raise_differing(adapters[0], name, field, getattr(configs[0], field), getattr(configs[1], field))
+        key = next(key for key in {**shapes[0], **own} if shapes[0].get(key) != own.get(key))
+        _raise_differing(adapters[0], name, f"the shape of {key}", shapes[0].get(key), own.get(key))
+
+
+def _raise_differing(first: str, second: str, field: str, first_value: Any, second_value: Any) -> None:
+    raise ValueError(
+        f"Adapters {first!r} and {second!r} differ in {field} ({first_value!r} and {second_value!r}); give both the "
+        "same."
+    )

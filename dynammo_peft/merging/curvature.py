@@ -1,0 +1,216 @@
+"""What `fisher` and `regmean` need to know of each adapter, measured on images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .adapters import AdaptedModel, AdapterTensors, adapted_base, adapter_slots, adapter_tensors
+from .state import adapter_used
+
+
+Batch = Union[Tensor, tuple[Tensor, Tensor]]
+# Of the model and images `(B, 3, H, W)`; gives logits `(B, N)`.
+Forward = Callable[[nn.Module, Tensor], Tensor]
+# Of logits and labels `(B,)`; gives the mean negative log-likelihood.
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def classify(model: nn.Module, images: Tensor) -> Tensor:
+    """The logits of a model of transformers, `(B, N)`."""
+    return model(pixel_values=images).logits
+
+
+def diagonal_fisher(
+    model: AdaptedModel,
+    adapter: str,
+    batches: Iterable[Batch],
+    loss: Optional[Loss] = None,
+    *,
+    draws: Optional[int] = None,
+    seed: int = 0,
+    forward: Forward = classify,
+    vectorized: bool = True,
+) -> AdapterTensors:
+    """
+    The diagonal of the Fisher information of an adapter's parameters: the mean over images of the squared gradient of
+    the log-likelihood (Matena & Raffel 2022, https://arxiv.org/abs/2111.09832, section 2.2), in evaluation mode.
+
+    With labels that is the empirical Fisher information. Without, labels are those that the model expects: each class
+    counts by its probability, which takes a backward pass a class; or `draws` labels an image are drawn from it.
+
+    Args:
+        model (`Union[PeftModel, BaseTuner]`): A model with adapters.
+        adapter (`str`): Name of an adapter.
+        batches (`Iterable[Union[Tensor, tuple[Tensor, Tensor]]]`):
+            Normalised images `(B, 3, H, W)`, or pairs of them and labels `(B,)`.
+        loss (`Optional[Callable]`): Of logits and labels; `None`: cross-entropy.
+        draws (`Optional[int]`): Labels to draw for each image without one; `None`: all classes by probability.
+        seed (`int`): Seed of the draws; other random numbers are not touched.
+        forward (`Callable`): Of model and images, gives logits `(B, N)`.
+        vectorized (`bool`): Whether the images of a batch are computed together, for which `forward` and `loss` must
+            be fit for `torch.func.vmap`; otherwise one after the other.
+
+    Returns:
+        `AdapterTensors`: The Fisher information by key of the parameters, in float64; statistics have none.
+
+    Raises:
+        ValueError: If the adapter does not exist, there are no images, or `draws` is less than 1.
+    """
+    if draws is not None and draws < 1:
+        raise ValueError(f"draws={draws} must be at least 1, or None for all classes by their probability.")
+    slots = adapter_slots(model, adapter)
+    tensors = {
+        key: tensor for key, tensor in adapter_tensors(model, adapter).items() if isinstance(tensor, nn.Parameter)
+    }
+    runner = _Runner(model, forward)
+    names = {id(parameter): name for name, parameter in runner.named_parameters(remove_duplicate=False)}
+    parameters = {names[id(tensor)]: tensor.detach() for tensor in tensors.values()}
+    gradients = _gradients(runner, loss or F.cross_entropy, parameters, vectorized)
+    total = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in parameters.items()}
+    count = 0
+    generator = torch.Generator().manual_seed(seed)
+    with adapter_used(model, adapter):
+        for images, labels in _on_device(batches, model):
+            count += len(images)
+            for targets, shares in _targets(runner, images, labels, draws, generator):
+                for name, gradient in gradients(images, targets).items():
+                    total[name] += torch.tensordot(shares, gradient.double().square(), dims=1)
+    if count == 0:
+        raise ValueError("batches holds no images; the Fisher information is a mean over them.")
+    return {key: total[names[id(tensor)]] / count for key, tensor in tensors.items() if key in slots}
+
+
+class _Runner(nn.Module):
+    """The forward as a module's, so that it can be called with other parameters."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._forward(self.model, images)
+
+
+def _gradients(
+    runner: nn.Module, loss: Loss, parameters: dict[str, Tensor], vectorized: bool
+) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    """A function of images and labels `(B,)` that gives each image's gradients, `(B, ...)` by name."""
+
+    def loss_of_one(values: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return loss(functional_call(runner, values, (image[None],)), label[None])
+
+    of_one = grad(loss_of_one)
+    if vectorized:
+        of_all = vmap(of_one, in_dims=(None, 0, 0), randomness="different")
+
+        def together(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            # The other kernels of attention know of no further batch dimension.
+            with sdpa_kernel(SDPBackend.MATH):
+                return of_all(parameters, images, labels)
+
+        return together
+
+    def one_by_one(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        rows = [of_one(parameters, image, label) for image, label in zip(images, labels)]
+        return {name: torch.stack([row[name] for row in rows]) for name in parameters}
+
+    return one_by_one
+
+
+def _targets(
+    runner: nn.Module,
+    images: Tensor,
+    labels: Optional[Tensor],
+    draws: Optional[int],
+    generator: torch.Generator,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Labels `(B,)` and what they count for each image, `(B,)` in float64, one after the other."""
+    whole = torch.ones(len(images), dtype=torch.float64, device=images.device)
+    if labels is not None:
+        yield labels, whole
+        return
+    with torch.no_grad():
+        probabilities = runner(images).double().softmax(dim=1)
+    if draws is not None:
+        drawn = torch.multinomial(probabilities.cpu(), draws, replacement=True, generator=generator)
+        yield from ((column, whole / draws) for column in drawn.to(images.device).unbind(dim=1))
+        return
+    for label, shares in enumerate(probabilities.unbind(dim=1)):
+        yield torch.full_like(shares, label, dtype=torch.long), shares
+
+
+@torch.no_grad()
+def input_grams(
+    model: AdaptedModel,
+    adapter: str,
+    batches: Iterable[Batch],
+    *,
+    forward: Callable[[nn.Module, Tensor], Any] = classify,
+) -> AdapterTensors:
+    """
+    Gram matrices of what enters an adapter's linear layers, `x' x` as a mean over all rows `x` (image or token), in
+    evaluation mode (Jin et al. 2023, https://arxiv.org/abs/2212.09849, section 3).
+
+    Args:
+        model (`Union[PeftModel, BaseTuner]`): A model with adapters.
+        adapter (`str`): Name of an adapter.
+        batches (`Iterable[Union[Tensor, tuple[Tensor, Tensor]]]`):
+            Normalised images `(B, 3, H, W)`, or pairs of them and labels, which are not used.
+        forward (`Callable`): Of model and images, runs the model.
+
+    Returns:
+        `AdapterTensors`: `(in, in)` in float64 by the key of the layer's weight; layers that were not run have none.
+
+    Raises:
+        ValueError: If the adapter does not exist, it has no linear layer, or none was run.
+    """
+    grams: AdapterTensors = {}
+    counts: dict[str, int] = {}
+
+    def hook_of(key: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            rows = inputs[0].detach().flatten(0, -2).double()
+            grams[key] = grams.get(key, 0) + rows.T @ rows
+            counts[key] = counts.get(key, 0) + len(rows)
+
+        return hook
+
+    linears = dict(_linears(model, adapter))
+    if not linears:
+        raise ValueError(f"Adapter {adapter!r} has no linear layer, so that there is nothing for RegMean to measure.")
+    hooks = [module.register_forward_pre_hook(hook_of(key)) for key, module in linears.items()]
+    try:
+        with adapter_used(model, adapter):
+            for images, _ in _on_device(batches, model):
+                forward(model, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not grams:
+        raise ValueError(f"No linear layer of adapter {adapter!r} was run; give batches of images.")
+    return {key: gram / counts[key] for key, gram in grams.items()}
+
+
+def _linears(model: AdaptedModel, adapter: str) -> Iterator[tuple[str, nn.Linear]]:
+    """An adapter's linear layers by the keys of their weights."""
+    base = adapted_base(model)
+    for key, slot in adapter_slots(model, adapter).items():
+        owner, _, last = slot.name(adapter).rpartition(".")
+        if slot.tensor and last == "weight" and isinstance(base.get_submodule(owner), nn.Linear):
+            yield key, base.get_submodule(owner)
+
+
+def _on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[tuple[Tensor, Optional[Tensor]]]:
+    """Images, and labels or `None`, on the model's device."""
+    device = next(model.parameters()).device
+    for batch in batches:
+        images, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
+        yield images.to(device), None if labels is None else labels.to(device)

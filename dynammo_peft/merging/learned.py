@@ -1,0 +1,156 @@
+"""Merge weights learned by gradient through the merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+from .adapters import AdaptedModel, adapted_base, adapter_slots, adapter_tensors, set_adapter_tensors
+from .checks import check_constants, check_mergeable
+from .groups import Granularity
+from .merge import merge_adapters
+from .objectives import Forward, Objective
+from .optimization import FunctionalLoss, minimize, seeded
+from .state import adapter_used, tuner_of
+from .weights import MergeWeights
+
+
+def learn_merge_weights(
+    model: AdaptedModel,
+    adapters: Sequence[str],
+    batches: Iterable[Any],
+    adapter_name: str = "merged",
+    granularity: Granularity = "layer",
+    simplex: bool = False,
+    objective: Union[str, Objective] = "labels",
+    forward: Optional[Forward] = None,
+    steps: int = 30,
+    learning_rate: float = 0.03,
+    seed: int = 0,
+    progress: bool = True,
+) -> MergeWeights:
+    """
+    Learns the weights with which adapters are merged, and merges them so.
+
+    Only the weights are trained, from `1 / T`, by Adam through the forward of the merged adapter in evaluation mode
+    (Yang et al. 2024, "AdaMerging", https://arxiv.org/abs/2310.02575, for layers; Almakky et al. 2024, "MedMerge",
+    https://arxiv.org/abs/2403.11646, for channels). The more weights there are, the more images they need. Heads of
+    DynaMMo adapters are not merged and stay as they are. What is active, trained and in which mode is as before.
+
+    Args:
+        model (`Union[PeftModel, BaseTuner]`): A model with adapters of any PEFT method.
+        adapters (`Sequence[str]`): Names of the adapters to merge.
+        batches (`Iterable`): Images `(B, 3, H, W)`, pairs of images and labels `(B,)`, or mappings with `labels`; gone
+            through as often as `steps` asks for. If there are several processes, all must see the same batches.
+        adapter_name (`str`): The adapter to fill. It is made by `merge_adapters` if it does not exist.
+        granularity (`Literal["task", "layer", "channel"]`): What has weights of its own.
+        simplex (`bool`): Whether weights are positive and sum to one over the adapters; otherwise they are free.
+        objective (`Union[Literal["labels", "entropy"], Callable]`): `"labels"`: cross-entropy of the logits.
+            `"entropy"`: entropy of the predictions, for batches without labels. Or a function of what the forward
+            returned and the labels, as `gaussian_likelihood`.
+        forward (`Optional[Callable]`): A function of base model and batch; the logits of its images if `None`.
+        steps (`int`): Updates, one a batch.
+        learning_rate (`float`): Of Adam at the start; falls to zero by a cosine.
+        seed (`int`): Of what `batches` draws; the random state outside is left alone.
+        progress (`bool`): Whether to show a progress bar.
+
+    Returns:
+        `MergeWeights`: The weights, with the loss before and after. A `DynammoConfig` also keeps them, in its
+        `merge_weights`.
+
+    Raises:
+        ValueError: If an adapter does not exist or is built differently from the first, an option does not exist, the
+            batches are of no use, or the loss is not finite. The model is as before then.
+
+    Example:
+
+        ```py
+        >>> weights = learn_merge_weights(model, ["task_000", "task_001"], DataLoader(exemplars, batch_size=32))
+        >>> print(weights)
+        ```
+    """
+    base = adapted_base(model)
+    loss = FunctionalLoss(base, objective, forward)
+    with seeded(base, seed), _merged_adapter(model, adapters, adapter_name), adapter_used(model, adapter_name):
+        # Backward shall pass by all but the merge weights; `adapter_used` puts this back.
+        model.requires_grad_(False)
+        weights = adapter_merge_weights(model, adapters, adapter_name, granularity, simplex)
+        stacked = weights.stack([adapter_tensors(model, name) for name in adapters])
+        names = {key: slot.name(adapter_name) for key, slot in weights.slots.items()}
+
+        def loss_of(batch: Any) -> Tensor:
+            return loss.of({names[key]: tensor for key, tensor in weights.combine(stacked).items()}, batch)
+
+        groups = [{"params": [weights.values], "lr": learning_rate}]
+        weights.loss_before, weights.loss_after = minimize(loss_of, groups, batches, steps, progress)
+        with torch.no_grad():
+            set_adapter_tensors(model, adapter_name, weights.combine(stacked))
+    config = model.peft_config[adapter_name]
+    if hasattr(config, "merge_weights"):
+        config.merge_weights = weights.as_dict()
+    return weights
+
+
+def adapter_merge_weights(
+    model: AdaptedModel,
+    adapters: Sequence[str],
+    adapter_name: str = "merged",
+    granularity: Granularity = "layer",
+    simplex: bool = False,
+) -> MergeWeights:
+    """Uniform merge weights for adapters of a model, on its device.
+
+    Args:
+        model (`Union[PeftModel, BaseTuner]`): A model with adapters.
+        adapters (`Sequence[str]`): Names of the adapters to merge.
+        adapter_name (`str`): The adapter that the merge is for.
+        granularity (`Literal["task", "layer", "channel"]`): What has weights of its own.
+        simplex (`bool`): Whether weights are positive and sum to one over the adapters.
+
+    Raises:
+        ValueError: If an adapter or the granularity does not exist.
+    """
+    slots, tensors = adapter_slots(model, adapter_name), adapter_tensors(model, adapter_name)
+    scalings = {}
+    for key, slot in slots.items():
+        if slot.kind in ("factor_a", "factor_b", "scaled"):
+            scaling = adapted_base(model).get_submodule(slot.layer).scaling
+            scalings[key] = torch.tensor([scaling[name] / scaling[adapter_name] for name in adapters])
+    weights = MergeWeights.for_slots(adapters, slots, tensors, granularity, simplex, scalings)
+    return weights.to(next(iter(tensors.values())).device)
+
+
+def _check_alike(model: AdaptedModel, adapter: str, merged: str) -> None:
+    """Raises a `ValueError` unless both adapters have tensors of the same names and shapes."""
+    shapes = [
+        {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, name).items()}
+        for name in (adapter, merged)
+    ]
+    for key in {**shapes[0], **shapes[1]}:
+        if shapes[0].get(key) != shapes[1].get(key):
+            raise ValueError(
+                f"Adapter {merged!r} cannot be filled from {adapter!r}: {key!r} has shape {shapes[1].get(key)} and "
+                f"{shapes[0].get(key)}. Delete it, or choose another adapter_name."
+            )
+    check_constants(model, [adapter, merged])
+
+
+@contextmanager
+def _merged_adapter(model: AdaptedModel, adapters: Sequence[str], adapter_name: str) -> Iterator[None]:
+    """Makes the adapter to be filled unless it exists; takes a new one out again if something fails."""
+    exists = adapter_name in model.peft_config
+    if exists:
+        check_mergeable(model, adapters, adapter_name)
+        _check_alike(model, adapters[0], adapter_name)
+    else:
+        merge_adapters(model, adapters, adapter_name=adapter_name)
+    try:
+        yield
+    except BaseException:
+        if not exists:
+            tuner_of(model).delete_adapter(adapter_name)
+        raise

@@ -1,0 +1,219 @@
+"""Merging adapters of a model into a new one, for any PEFT method."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+from .adapters import (
+    AdaptedModel,
+    AdapterTensors,
+    Slot,
+    adapted_base,
+    adapter_slots,
+    adapter_tensors,
+    set_adapter_tensors,
+)
+from .checks import check_constants, check_mergeable
+from .functions import average_statistics
+from .registry import MergeFunction, find_combination
+from .state import adapter_layers, adapter_replaced, tuner_of
+
+
+# Kinds of tensors that the layer multiplies by the adapter's scaling.
+SCALED = ("factor_a", "factor_b", "scaled")
+
+
+def merge_adapters(
+    model: AdaptedModel,
+    adapters: Sequence[str],
+    weights: Optional[Sequence[float]] = None,
+    adapter_name: str = "merged",
+    combination_type: str = "linear",
+    **options: Any,
+) -> None:
+    """
+    Merges adapters of a model into a new one, for any PEFT method whose adapters are tensors of layers.
+
+    Parameters, those of `modules_to_save` among them, are combined by `combination_type`; statistics of BatchNorm are
+    averaged with the weights normalised to one. LoRA's factors take the root of a weight each, so that their product
+    takes the weight, as in `LoraModel.add_weighted_adapter`; the factors of other methods (LoHa, LoKr) are combined
+    each for itself. Heads of DynaMMo adapters are placed side by side.
+
+    The new adapter has the first one's configuration and is frozen. It replaces an adapter of its name. What is
+    active, trained and in training mode stays so. If anything fails, the model is as it was.
+
+    Args:
+        model (`Union[PeftModel, BaseTuner]`): A model with adapters.
+        adapters (`Sequence[str]`): Names of the adapters to merge.
+        weights (`Optional[Sequence[float]]`):
+            A weight for each. If `None`, `1 / len(adapters)`, or 1 where the function averages by itself (`"ties"`).
+            What replaces a tensor of the base model instead of being added to it (LN tuning, `modules_to_save`,
+            DoRA's magnitudes, IA3's factors) is scaled by weights that do not sum to one.
+        adapter_name (`str`): Name of the new adapter.
+        combination_type (`str`): A key of `COMBINATIONS`.
+        options: Keyword-only arguments of that function, as `density`.
+
+    Raises:
+        ValueError: If an adapter does not exist or is built differently from the first, weights are unusable, or a
+            function or option does not exist, is missing or unusable.
+
+    Example:
+
+        ```py
+        >>> merge_adapters(model, ["task_000", "task_001"], [1.0, 1.0], combination_type="ties", density=0.5)
+        >>> model.set_adapter("merged")
+        ```
+    """
+    function = find_combination(combination_type)
+    function.check_options(options)
+    adapters = list(adapters)
+    check_mergeable(model, adapters, adapter_name)
+    mixture = function.check_weights(weights, len(adapters))
+    slots = adapter_slots(model, adapters[0])
+    scalings = _scalings(model, slots, adapters)
+    with torch.no_grad():
+        tensors = [adapter_tensors(model, name) for name in adapters]
+        merged = combine(slots, tensors, mixture, function, options, _ratios(scalings, adapters))
+    with adapter_replaced(model, adapter_name, active_instead=adapters[0]):
+        _create_adapter(model, adapters, adapter_name)
+        check_constants(model, [adapters[0], adapter_name])
+        own = _scalings(model, slots, [adapter_name])
+        for key, (scaling,) in own.items():
+            merged[key] = merged[key] * _share(slots[key], torch.tensor(scalings[key][0] / scaling)).item()
+        set_adapter_tensors(model, adapter_name, merged)
+
+
+def combine(
+    slots: Mapping[str, Slot],
+    adapters: Sequence[AdapterTensors],
+    weights: Tensor,
+    function: Union[str, MergeFunction] = "linear",
+    options: Optional[Mapping[str, Any]] = None,
+    scalings: Optional[Mapping[str, Tensor]] = None,
+) -> AdapterTensors:
+    """
+    Merges adapters' tensors, each by its kind; differentiable in `weights` if the function is.
+
+    Args:
+        slots (`Mapping[str, Slot]`): The tensors to merge, by key.
+        adapters (`Sequence[AdapterTensors]`): The tensors of each adapter.
+        weights (`Tensor`): A weight for each adapter, `(T,)`.
+        function (`Union[str, MergeFunction]`): A merge function of `COMBINATIONS`, or its name.
+        options (`Optional[Mapping[str, Any]]`): Its options.
+        scalings (`Optional[Mapping[str, Tensor]]`):
+            For tensors that are multiplied by an adapter's scaling (LoRA), by key: each adapter's scaling over that of
+            the merged adapter, `(T,)`; 1 if not given.
+
+    Returns:
+        `AdapterTensors`: The merged tensors by key.
+
+    Raises:
+        ValueError: If the function does not exist, constants differ, or scalings differ for a function of measurements
+            that belong to them.
+    """
+    function = find_combination(function) if isinstance(function, str) else function
+    options = dict(options or {})
+    merged: AdapterTensors = {}
+    for (kind, ratios), keys in _groups(slots, scalings or {}).items():
+        group = [{key: tensors[key] for key in keys} for tensors in adapters]
+        if kind == "statistic":
+            proportions = function.effective_weights(weights, options)
+            merged.update({key: average_statistics([own[key] for own in group], proportions) for key in keys})
+        elif kind == "constant":
+            merged.update({key: _same(key, [own[key] for own in group]) for key in keys})
+        else:
+            merged.update(_combine_parameters(slots[keys[0]], group, weights, function, options, ratios))
+    return {key: merged[key] for key in slots}
+
+
+def _groups(slots: Mapping[str, Slot], scalings: Mapping[str, Tensor]) -> dict[tuple, list[str]]:
+    """Keys of the tensors that are merged with the same weights."""
+    groups: dict[tuple, list[str]] = {}
+    for key, slot in slots.items():
+        ratios = tuple(scalings[key].tolist()) if key in scalings and slot.kind in SCALED else ()
+        groups.setdefault((slot.kind, ratios), []).append(key)
+    return groups
+
+
+def _combine_parameters(
+    slot: Slot,
+    adapters: Sequence[AdapterTensors],
+    weights: Tensor,
+    function: MergeFunction,
+    options: Mapping[str, Any],
+    ratios: tuple[float, ...],
+) -> AdapterTensors:
+    ratio = torch.tensor(ratios or [1.0] * len(adapters), dtype=weights.dtype, device=weights.device)
+    if not function.averages:
+        return function(adapters, _share(slot, weights * ratio), **options)
+    # Proportions cannot carry a scale: the tensors have to.
+    if (ratio != 1).any():
+        if function.per_adapter is not None:
+            raise ValueError(
+                f"The adapters have different scalings in {slot.layer!r}; what {function.per_adapter!r} holds belongs "
+                "to their tensors as they are. Give all adapters the same lora_alpha and use_rslora."
+            )
+        shares = _share(slot, ratio).tolist()
+        adapters = [{key: share * own[key] for key in own} for share, own in zip(shares, adapters)]
+    return function(adapters, weights, **options)
+
+
+def _share(slot: Slot, weights: Tensor) -> Tensor:
+    """What a tensor takes of a weight on its layer's output: a factor takes the root, one of them the sign."""
+    if slot.kind not in ("factor_a", "factor_b"):
+        return weights
+    roots = weights.abs().sqrt()
+    return roots * torch.where(weights < 0, -1.0, 1.0) if slot.kind == "factor_a" else roots
+
+
+def _same(key: str, tensors: Sequence[Tensor]) -> Tensor:
+    if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
+        raise ValueError(f"The adapters differ in {key!r}, which is a constant and cannot be merged.")
+    return tensors[0].clone()
+
+
+def _scalings(model: AdaptedModel, slots: Mapping[str, Slot], adapters: Sequence[str]) -> dict[str, list[float]]:
+    """The adapters' scalings of the tensors that have one, by key."""
+    base = adapted_base(model)
+    scalings = {}
+    for key, slot in slots.items():
+        if slot.kind in SCALED:
+            of_layer = base.get_submodule(slot.layer).scaling
+            scalings[key] = [float(of_layer[name]) for name in adapters]
+            for name, scaling in zip(adapters, scalings[key]):
+                if scaling == 0:
+                    raise ValueError(f"Adapter {name!r} has the scaling 0 in {slot.layer!r}; give it a lora_alpha.")
+    return scalings
+
+
+def _ratios(scalings: Mapping[str, list[float]], adapters: Sequence[str]) -> dict[str, Tensor]:
+    """Scalings over those of the first adapter."""
+    return {key: torch.tensor(values, dtype=torch.float64) / values[0] for key, values in scalings.items()}
+
+
+def _create_adapter(model: AdaptedModel, adapters: list[str], adapter_name: str) -> None:
+    """Adds an adapter with the first one's configuration, in the mode of the layers it is in."""
+    tuner = tuner_of(model)
+    if hasattr(tuner, "create_merged_adapter"):
+        tuner.create_merged_adapter(adapters, adapter_name)
+        return
+    # Not `PeftModel.add_adapter`, which adds to the configuration's `modules_to_save` for some task types.
+    config = copy.deepcopy(tuner.peft_config[adapters[0]])
+    config.inference_mode = True
+    tuner.peft_config[adapter_name] = config
+    tuner.inject_adapter(tuner.model, adapter_name)
+    half = any(
+        tensor.dtype in (torch.float16, torch.bfloat16) for tensor in adapter_tensors(model, adapters[0]).values()
+    )
+    tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not half)
+    for layer in adapter_layers(model):
+        for name in (*layer.adapter_layer_names, *layer.other_param_names):
+            container = getattr(layer, name, None)
+            if isinstance(container, torch.nn.ModuleDict) and adapter_name in container:
+                # PEFT's new modules are in training mode, also in a model in evaluation mode.
+                container[adapter_name].train(layer.training)

@@ -1,0 +1,281 @@
+"""Merge weights that can be learned: one for each task, or also for each layer or each output channel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import AdapterTensors, Slot
+from .groups import Granularity, WeightGroup, channel_dim, check_granularity, weight_groups
+
+
+# Below this the root of a weight goes on as a straight line: its slope would grow without bound.
+ROOT_THRESHOLD = 1e-4
+
+
+class MergeWeights(nn.Module):
+    """
+    The weights `w_i` of a merge `sum_i w_i * theta_i` as parameters, all `1 / T` at first.
+
+    Args:
+        adapters (`Sequence[str]`): Names of the T adapters.
+        groups (`Sequence[WeightGroup]`): Which tensors share weights; `for_slots` finds them.
+        granularity (`Literal["task", "layer", "channel"]`): By what the tensors were grouped.
+        simplex (`bool`): Whether weights are positive and sum to one over the adapters; otherwise they are free.
+        slots (`Optional[Mapping[str, Slot]]`): The tensors that `combine` merges.
+        scalings (`Optional[Mapping[str, Tensor]]`): By key, for what a layer multiplies by the adapter's scaling as
+            LoRA does: scaling of each adapter over that of the merged one, `(T,)`.
+
+    Attributes:
+        loss_before (`Optional[float]`): The objective with uniform weights, where they were learned.
+        loss_after (`Optional[float]`): The objective with these weights.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[str],
+        groups: Sequence[WeightGroup],
+        granularity: Granularity = "layer",
+        simplex: bool = False,
+        slots: Optional[Mapping[str, Slot]] = None,
+        scalings: Optional[Mapping[str, Tensor]] = None,
+    ) -> None:
+        super().__init__()
+        check_granularity(granularity)
+        if not adapters:
+            raise ValueError("No adapters to merge; name at least one.")
+        self.adapters = tuple(adapters)
+        self.groups = tuple(groups)
+        self.granularity = granularity
+        self.simplex = simplex
+        self.slots = dict(slots or {})
+        self.scalings = dict(scalings or {})
+        self.loss_before: Optional[float] = None
+        self.loss_after: Optional[float] = None
+        self._columns: dict[str, slice] = {}
+        width = 0
+        for group in self.groups:
+            self._columns[group.name] = slice(width, width + max(group.channels, 1))
+            width += max(group.channels, 1)
+        self._channels = {group.name: group.channels for group in self.groups}
+        # One parameter for all, since an optimizer takes as long for a small one.
+        start = 0.0 if simplex else 1 / len(self.adapters)
+        self.values = nn.Parameter(torch.full((len(self.adapters), width), start))
+
+    @classmethod
+    def for_slots(
+        cls,
+        adapters: Sequence[str],
+        slots: Mapping[str, Slot],
+        tensors: AdapterTensors,
+        granularity: Granularity = "layer",
+        simplex: bool = False,
+        scalings: Optional[Mapping[str, Tensor]] = None,
+    ) -> MergeWeights:
+        """Uniform weights for the given tensors.
+
+        Args:
+            adapters (`Sequence[str]`): Names of the T adapters.
+            slots (`Mapping[str, Slot]`): The tensors to merge, by key.
+            tensors (`dict[str, Tensor]`): Those of one of the adapters, for their shapes.
+            granularity (`Literal["task", "layer", "channel"]`): `"task"`: one weight an adapter. `"layer"`: one an
+                adapter and layer (AdaMerging, Yang et al. 2024, section 3.2). `"channel"`: one an adapter, container
+                of a layer and output channel (MedMerge, Almakky et al. 2024: the weight of a kernel).
+            simplex (`bool`): Whether weights are positive and sum to one over the adapters.
+            scalings (`Optional[Mapping[str, Tensor]]`): As the class takes them.
+
+        Raises:
+            ValueError: If the granularity does not exist, or there is no adapter.
+        """
+        check_granularity(granularity)
+        return cls(adapters, weight_groups(slots, tensors, granularity), granularity, simplex, slots, scalings)
+
+    def forward(self, slot_key: str) -> Tensor:
+        """The weights of a tensor.
+
+        Args:
+            slot_key (`str`): Key of its slot.
+
+        Returns:
+            `Tensor`: `(T,)`, or `(T, channels)` where channels have weights of their own.
+        """
+        return self._weights_of(slot_key, self._mixture())
+
+    def combine(self, adapters: Union[Sequence[AdapterTensors], AdapterTensors]) -> AdapterTensors:
+        """
+        The merged tensors, differentiable in the weights.
+
+        Parameters are summed with their weights. LoRA's factors take the root of the weight, so that their product
+        takes the weight (as `LoraModel.add_weighted_adapter` has it). Running statistics are averaged with the
+        weights' absolute values, normalised to one and without gradient. Integer ones are added up; constants are the
+        first adapter's.
+
+        Args:
+            adapters (`Union[Sequence[dict[str, Tensor]], dict[str, Tensor]]`): The tensors of each adapter by key, or
+                the result of `stack`, which does the constant part of the work.
+
+        Returns:
+            `dict[str, Tensor]`: The merged tensors by key.
+
+        Raises:
+            ValueError: If the adapters are not as many as the weights are for, or lack a tensor.
+        """
+        stacked = adapters if isinstance(adapters, Mapping) else self.stack(adapters)
+        mixture = self._mixture()
+        return {
+            key: self._combine(slot, stacked[key], self._weights_of(key, mixture)) for key, slot in self.slots.items()
+        }
+
+    def stack(self, adapters: Sequence[AdapterTensors]) -> AdapterTensors:
+        """Copies of the adapters' tensors side by side, `(T, ...)` by key, without gradient."""
+        if len(adapters) != len(self.adapters):
+            raise ValueError(f"{len(adapters)} adapters for merge weights of {len(self.adapters)}; give one each.")
+        if not self.slots:
+            raise ValueError("These merge weights know of no tensors; pass `slots` to `from_dict`.")
+        for name, tensors in zip(self.adapters, adapters):
+            missing = next((key for key in self.slots if key not in tensors), None)
+            if missing is not None:
+                raise ValueError(f"Adapter {name!r} has no tensor {missing!r}; all adapters must have the same.")
+        return {key: torch.stack([tensors[key].detach() for tensors in adapters]) for key in self.slots}
+
+    def _combine(self, slot: Slot, stacked: Tensor, weights: Tensor) -> Tensor:
+        if slot.kind == "constant":
+            return stacked[0]
+        if not stacked.is_floating_point():
+            return stacked.sum(dim=0, dtype=stacked.dtype)
+        if slot.kind == "statistic":
+            # Batch normalisation has no gradient for its running statistics.
+            shares = weights.detach().abs()
+            # Where all weights are zero, none is preferred.
+            shares = torch.where(shares.sum(dim=0) > 0, shares, torch.ones_like(shares))
+            weights = shares / shares.sum(dim=0)
+        if slot.key in self.scalings:
+            scaling = self.scalings[slot.key].to(weights)
+            weights = weights * scaling.reshape(-1, *[1] * (weights.dim() - 1))
+        if slot.kind in ("factor_a", "factor_b"):
+            weights = weights / weights.abs().clamp(min=ROOT_THRESHOLD).sqrt()
+            # The sign must be on one side only.
+            weights = weights if slot.kind == "factor_a" else weights.abs()
+        weights = weights.to(stacked.dtype)
+        if weights.dim() == 2:
+            shape = [1] * stacked.dim()
+            shape[0], shape[1 + channel_dim(slot, stacked[0])] = weights.shape
+            return (weights.reshape(shape) * stacked).sum(dim=0)
+        return torch.tensordot(weights, stacked, dims=1)
+
+    def _mixture(self) -> Tensor:
+        """All weights, `(T, number a task)`."""
+        # T times: a step on the parameters then moves weights as far as it moves free ones.
+        return (self.values * len(self.adapters)).softmax(dim=0) if self.simplex else self.values
+
+    def _weights_of(self, key: str, mixture: Tensor) -> Tensor:
+        name = key
+        while name not in self._columns:
+            if not name:
+                raise ValueError(f"There are no merge weights for {key!r}; there are for {', '.join(self._columns)}.")
+            name = name.rpartition(".")[0]
+        weights = mixture[:, self._columns[name]]
+        return weights if self._channels[name] else weights[:, 0]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What these weights are, in plain numbers and lists, for a configuration or a file."""
+        mixture = self._mixture().detach().cpu()
+        groups = []
+        for group in self.groups:
+            weights = self._weights_of(group.name, mixture)
+            places = {name: value for name, value in asdict(group).items() if value and name != "channels"}
+            groups.append({**places, "weights": weights.tolist()})
+        return {
+            "adapters": list(self.adapters),
+            "granularity": self.granularity,
+            "simplex": self.simplex,
+            "loss_before": self.loss_before,
+            "loss_after": self.loss_after,
+            "groups": groups,
+        }
+
+    @classmethod
+    def from_dict(
+        cls,
+        data: Mapping[str, Any],
+        slots: Optional[Mapping[str, Slot]] = None,
+        scalings: Optional[Mapping[str, Tensor]] = None,
+    ) -> MergeWeights:
+        """The weights that `as_dict` described.
+
+        Args:
+            data (`Mapping[str, Any]`): Result of `as_dict`, as in the configuration of a merged adapter.
+            slots (`Optional[Mapping[str, Slot]]`): The tensors to merge; needed for `combine` only.
+            scalings (`Optional[Mapping[str, Tensor]]`): As the class takes them.
+        """
+        columns = [torch.tensor(group["weights"]) for group in data["groups"]]
+        groups = [
+            WeightGroup(
+                group.get("layer", ""),
+                group.get("container", ""),
+                group.get("tensor", ""),
+                weights.shape[1] if weights.dim() == 2 else 0,
+            )
+            for group, weights in zip(data["groups"], columns)
+        ]
+        result = cls(data["adapters"], groups, data["granularity"], data["simplex"], slots, scalings)
+        mixture = torch.cat([weights.reshape(len(result.adapters), -1) for weights in columns], dim=1)
+        if result.simplex:
+            mixture = mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log() / len(result.adapters)
+        with torch.no_grad():
+            result.values.copy_(mixture)
+        result.loss_before, result.loss_after = data.get("loss_before"), data.get("loss_after")
+        return result
+
+    def layer_means(self) -> dict[str, list[float]]:
+        """Mean weight of each adapter by layer; by `""` where a weight holds for all layers."""
+        mixture = self._mixture().detach().cpu()
+        columns: dict[str, list[Tensor]] = {}
+        for group in self.groups:
+            columns.setdefault(group.layer, []).append(mixture[:, self._columns[group.name]])
+        return {layer: torch.cat(parts, dim=1).mean(dim=1).tolist() for layer, parts in columns.items()}
+
+    def table(self) -> str:
+        """Mean weight by layer (rows) and adapter (columns), to be printed."""
+        means = {layer or "all layers": row for layer, row in self.layer_means().items()}
+        first = max(map(len, ["layer", *means]))
+        widths = [max(len(name), 7) for name in self.adapters]
+        lines = [["layer", *self.adapters], *([layer, *(f"{w:.3f}" for w in row)] for layer, row in means.items())]
+        return "\n".join(
+            "  ".join([line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], widths))])
+            for line in lines
+        )
+
+    def __str__(self) -> str:
+        title = f"Merge weights by {self.granularity} for {len(self.adapters)} adapters"
+        if self.loss_before is not None and self.loss_after is not None:
+            title += f", loss {self.loss_before:.4g} -> {self.loss_after:.4g}"
+        return f"{title}\n{self.table()}"
+
+    def plot(self, path: Union[str, os.PathLike]) -> None:
+        """Draws the mean weight by adapter and layer as a heat map.
+
+        Args:
+            path (`Union[str, os.PathLike]`): File to write; its ending decides the format.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot needs matplotlib: pip install dynammo_peft[plots]") from error
+        means = self.layer_means()
+        # No pyplot: it would choose a back end for the whole process.
+        figure = Figure(figsize=(3 + 0.6 * len(self.adapters), 1.5 + 0.3 * len(means)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(list(means.values()), aspect="auto")
+        axes.set_xticks(range(len(self.adapters)), self.adapters, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(means)), [layer or "all layers" for layer in means])
+        figure.colorbar(image, label="merge weight")
+        figure.savefig(path)

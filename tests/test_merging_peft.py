@@ -1,0 +1,440 @@
+"""Merging adapters of PEFT's own methods, against PEFT's merges and sums worked out in plain torch."""
+
+import math
+from collections import OrderedDict
+
+import pytest
+import torch
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    ShiraConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.utils import merge_utils
+from tiny import tiny_images, tiny_model
+from torch import nn
+
+from dynammo_peft.merging import adapter_slots, adapter_tensors, merge_adapters
+from dynammo_peft.merging import merge as merge_module
+
+
+ATTENTION = ["q_proj", "v_proj"]
+
+
+@torch.no_grad()
+def with_adapters(*configs, base=None, mixed=False):
+    """A model with adapters `a0`, `a1`, ... of random tensors, in evaluation mode; the first one is active."""
+    base = tiny_model("vit") if base is None else base
+    model = get_peft_model(base, configs[0], "a0", mixed=mixed)
+    for index, config in enumerate(configs[1:], start=1):
+        model.add_adapter(f"a{index}", config)
+    if not mixed:
+        for index in range(len(configs)):
+            fill(model, f"a{index}")
+    return model.eval()
+
+
+@torch.no_grad()
+def fill(model, adapter):
+    slots = adapter_slots(model, adapter)
+    for seed, (key, tensor) in enumerate(adapter_tensors(model, adapter).items()):
+        if slots[key].kind == "constant":
+            continue
+        generator = torch.Generator().manual_seed(seed + 1000 * int(adapter[1:]))
+        noise = torch.randn(tensor.shape, generator=generator)
+        if slots[key].kind == "statistic":
+            noise = noise.abs() + 0.5
+        # Integers are counts.
+        tensor.copy_(noise if tensor.is_floating_point() else torch.randint(1, 99, (), generator=generator))
+
+
+@torch.no_grad()
+def logits_of(model, images):
+    return model(pixel_values=images).logits
+
+
+def delta_weights(model, adapter):
+    layers = {key: module for key, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    return {key: module.get_delta_weight(adapter).detach() for key, module in layers.items()}
+
+
+def assert_same(found, expected, **tolerances):
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, msg=lambda text, key=key: f"{key}: {text}", **tolerances)
+
+
+LORA = {"target_modules": [*ATTENTION, "projection"], "r": 4}
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.7, 1.5], [1.0, -0.8]])
+@pytest.mark.parametrize("alphas", [(4, 4), (8, 2)])
+@pytest.mark.parametrize(
+    "combination_type, options",
+    [
+        ("linear", {}),
+        ("ties", {"density": 0.5}),
+        ("ties", {"density": 0.3, "majority_sign_method": "frequency"}),
+        ("magnitude_prune", {"density": 0.4}),
+        ("dare_linear", {"density": 0.5}),
+        ("dare_ties", {"density": 0.5}),
+    ],
+)
+def test_lora_is_merged_as_by_peft(combination_type, options, alphas, weights, monkeypatch):
+    model = with_adapters(*[LoraConfig(**LORA, lora_alpha=alpha) for alpha in alphas])
+    if "dare" in combination_type:
+        # The same values are dropped by both, every third.
+        def prune(tensor, density, rescale=True):
+            return tensor * (torch.arange(tensor.numel()).reshape(tensor.shape) % 3 > 0) / density
+
+        monkeypatch.setattr(merge_utils, "random_pruning", prune)
+        module = __import__("dynammo_peft.merging.pruning", fromlist=["_random"])
+        monkeypatch.setattr(module, "_random", lambda density, _: lambda *args: prune(args[-1], density))
+    model.add_weighted_adapter(["a0", "a1"], weights, "theirs", combination_type, **options)
+    merge_adapters(model, ["a0", "a1"], weights, "ours", combination_type, **options)
+    # PEFT's has the scaling 1, ours that of the first.
+    assert model.peft_config["ours"].lora_alpha == alphas[0]
+    assert_same(delta_weights(model, "ours"), delta_weights(model, "theirs"), rtol=1e-4, atol=1e-5)
+    model.set_adapter("theirs")
+    expected = logits_of(model, tiny_images("vit"))
+    model.set_adapter("ours")
+    torch.testing.assert_close(logits_of(model, tiny_images("vit")), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 16}},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 16}, "use_rslora": True},
+        {"lora_bias": True},
+        {"use_dora": True},
+    ],
+)
+def test_lora_with_scalings_of_layers(arguments):
+    configs = [LoraConfig(**{**LORA, **arguments, "lora_alpha": alpha}) for alpha in (4, 6)]
+    model = with_adapters(*configs)
+    weights = [0.7, -1.5]
+    merge_adapters(model, ["a0", "a1"], weights)
+    seen = set()
+    for layer in model.modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        shares = [weight * layer.scaling[f"a{index}"] for index, weight in enumerate(weights)]
+        seen.add(shares[0])
+        # As if the scaling was 1, the roots of what counts, with the sign on one side.
+        factors = [
+            sum(
+                math.copysign(math.sqrt(abs(share)), share if name == "lora_A" else 1)
+                * getattr(layer, name)[f"a{i}"].weight
+                for i, share in enumerate(shares)
+            )
+            for name in ("lora_A", "lora_B")
+        ]
+        own = [layer.lora_A["merged"].weight, layer.lora_B["merged"].weight]
+        delta = layer.scaling["merged"] * own[1].flatten(1) @ own[0].flatten(1)
+        torch.testing.assert_close(delta, factors[1].flatten(1) @ factors[0].flatten(1), rtol=1e-4, atol=1e-4)
+        if "lora_bias" in arguments:
+            bias = sum(share * layer.lora_B[f"a{i}"].bias for i, share in enumerate(shares))
+            torch.testing.assert_close(layer.scaling["merged"] * layer.lora_B["merged"].bias, bias)
+        if "use_dora" in arguments:
+            magnitudes = [layer.lora_magnitude_vector[f"a{i}"].weight for i in range(2)]
+            expected = 0.7 * magnitudes[0] - 1.5 * magnitudes[1]
+            torch.testing.assert_close(layer.lora_magnitude_vector["merged"].weight, expected)
+    assert len(seen) == (3 if len(arguments) > 1 and "use_rslora" not in arguments else len(seen))
+
+
+@torch.no_grad()
+def test_lora_whose_scaling_was_changed_by_hand():
+    model = with_adapters(LoraConfig(**LORA), LoraConfig(**LORA))
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+    for layer in layers:
+        layer.set_scale("a0", 3.0)
+    merge_adapters(model, ["a0", "a1"], [1.0, 0.0])
+    # The new adapter has the scaling of its configuration; the change went into its factors.
+    assert all(layer.scaling["merged"] == layer.scaling["a0"] / 3 for layer in layers)
+    assert_same(delta_weights(model, "merged"), delta_weights(model, "a0"), rtol=1e-4, atol=1e-5)
+    merge_adapters(model, ["a0"], combination_type="uniform")
+    assert_same(delta_weights(model, "merged"), delta_weights(model, "a0"), rtol=1e-4, atol=1e-5)
+
+
+class Words(nn.Module):
+    """Any module at all, with an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(7, 6)
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, tokens):
+        return self.out(self.words(tokens)).mean(dim=1)
+
+
+def test_embeddings_of_any_module():
+    configs = [LoraConfig(target_modules=["words", "out"], r=2, lora_alpha=alpha) for alpha in (2, 6)]
+    model = with_adapters(*configs, base=Words())
+    model.add_weighted_adapter(["a0", "a1"], [0.5, -2.0], "theirs", "linear")
+    merge_adapters(model, ["a0", "a1"], [0.5, -2.0], "ours")
+    assert_same(delta_weights(model, "ours"), delta_weights(model, "theirs"), rtol=1e-4, atol=1e-5)
+
+
+def test_ia3_is_merged_as_by_peft():
+    arguments = {"target_modules": [*ATTENTION, "fc2"], "feedforward_modules": ["fc2"]}
+    model = with_adapters(IA3Config(**arguments), IA3Config(**arguments))
+    model.add_weighted_adapter(["a0", "a1"], [0.6, -0.3], "theirs")
+    merge_adapters(model, ["a0", "a1"], [0.6, -0.3], "ours")
+    assert_same(adapter_tensors(model, "ours"), adapter_tensors(model, "theirs"))
+
+
+METHODS = {
+    "ia3": IA3Config(target_modules=ATTENTION, feedforward_modules=[]),
+    "loha": LoHaConfig(target_modules=[*ATTENTION, "projection"], r=2),
+    "lokr": LoKrConfig(target_modules=ATTENTION, r=2),
+    "oft": OFTConfig(target_modules=ATTENTION, oft_block_size=4, r=0),
+    "ln_tuning": LNTuningConfig(target_modules=["layernorm_before", "layernorm"]),
+    "vera": VeraConfig(target_modules=ATTENTION, r=4),
+    "shira": ShiraConfig(target_modules=ATTENTION, r=1, random_seed=3),
+    "modules_to_save": LoraConfig(target_modules=ATTENTION, modules_to_save=["classifier"]),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("through", ["model", "tuner"])
+def test_any_method(name, through):
+    config = METHODS[name]
+    model = with_adapters(*[type(config)(**config_arguments(config)) for _ in range(2)])
+    assert all(tensor.dtype is torch.float32 for tensor in adapter_tensors(model, "a0").values())
+    own = [adapter_tensors(model, adapter) for adapter in ("a0", "a1")]
+    slots = adapter_slots(model, "a0")
+    merge_adapters(model if through == "model" else model.base_model, ["a0", "a1"], [0.25, 0.75])
+    merged = adapter_tensors(model, "merged")
+    assert list(merged) == list(slots)
+    for key, slot in slots.items():
+        shares = [0.5, 0.75**0.5] if slot.kind.startswith("factor") else [0.25, 0.75]
+        torch.testing.assert_close(merged[key], shares[0] * own[0][key] + shares[1] * own[1][key], msg=key)
+    # Of one adapter a copy: nothing of an adapter stays behind.
+    merge_adapters(model, ["a1"], adapter_name="same", combination_type="uniform")
+    logits = {}
+    for adapter in ("a0", "a1", "same"):
+        model.set_adapter(adapter)
+        logits[adapter] = logits_of(model, tiny_images("vit"))
+    torch.testing.assert_close(logits["same"], logits["a1"])
+    assert not torch.allclose(logits["same"], logits["a0"])
+
+
+def config_arguments(config):
+    return {name: value for name, value in config.to_dict().items() if name not in ("peft_type", "peft_version")}
+
+
+def test_statistics_of_modules_to_save():
+    arguments = {"target_modules": ["convolution"], "r": 1, "modules_to_save": ["normalization"]}
+    arguments["exclude_modules"] = "resnet.encoder.*"
+    model = with_adapters(LoraConfig(**arguments), LoraConfig(**arguments), base=tiny_model("resnet_basic"))
+    own = [adapter_tensors(model, adapter) for adapter in ("a0", "a1")]
+    for count, tensors in zip((3, 4), own):
+        next(tensor for key, tensor in tensors.items() if "num_batches_tracked" in key).fill_(count)
+    merge_adapters(model, ["a0", "a1"], [1.0, 3.0])
+    merged = adapter_tensors(model, "merged")
+    for tensor, shares in {"weight": (1, 3), "running_var": (0.25, 0.75), "num_batches_tracked": (1, 1)}.items():
+        key = next(key for key in merged if key.endswith(f"normalization.modules_to_save.{tensor}"))
+        torch.testing.assert_close(merged[key], (shares[0] * own[0][key] + shares[1] * own[1][key]).to(merged[key]))
+
+
+class Window(nn.Module):
+    """A module with indices among its buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+        self.register_buffer("places", torch.tensor([2, 0, 1]))
+
+    def forward(self, x):
+        return self.inner(x)[:, self.places]
+
+
+def test_indices_of_modules_to_save():
+    base = nn.Sequential(OrderedDict(first=nn.Linear(3, 3), window=Window()))
+    configs = [LoraConfig(target_modules=["first"], r=1, modules_to_save=["window"]) for _ in range(2)]
+    model = with_adapters(*configs, base=base)
+    merge_adapters(model, ["a0", "a1"])
+    saved = model.base_model.model.window.modules_to_save
+    assert saved["merged"].places.tolist() == [2, 0, 1]
+    saved["a1"].places.copy_(torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="differ in 'window.modules_to_save.places'"):
+        merge_adapters(model, ["a0", "a1"])
+
+
+def state_of(model):
+    tensors = dict(model.state_dict(keep_vars=True))
+    return {
+        "tensors": tensors,
+        "values": {key: value.detach().clone() for key, value in tensors.items()},
+        "flags": {key: parameter.requires_grad for key, parameter in model.named_parameters()},
+        "modes": {key: module.training for key, module in model.named_modules()},
+        "configs": dict(model.peft_config),
+        "active": (model.active_adapter, model.base_model.active_adapter, list(model.active_adapters)),
+    }
+
+
+def assert_state(model, before, without=".merged"):
+    after = state_of(model)
+    for name in ("tensors", "values", "flags", "modes"):
+        kept = {key: value for key, value in after[name].items() if f"{without}." not in f"{key}."}
+        wanted = {key: value for key, value in before[name].items() if f"{without}." not in f"{key}."}
+        assert kept.keys() == wanted.keys(), name
+        for key, value in wanted.items():
+            same = torch.equal(kept[key], value) if name == "values" else kept[key] is value
+            assert same, (name, key)
+    assert after["active"] == before["active"]
+    return after
+
+
+@pytest.mark.parametrize("active", ["a1", "merged"])
+@pytest.mark.parametrize("name", ["loha", "modules_to_save"])
+def test_merging_leaves_all_else_as_it_was(name, active, recwarn):
+    config = METHODS[name]
+    model = with_adapters(*[type(config)(**config_arguments(config)) for _ in range(2)])
+    merge_adapters(model, ["a0", "a1"])
+    # A new adapter is frozen, and in the mode of the model.
+    assert not any(parameter.requires_grad for key, parameter in model.named_parameters() if ".merged" in key)
+    assert not any(module.training for module in model.modules())
+    model.set_adapter(active)
+    model.train()
+    model.base_model.model.vit.layernorm.eval()
+    before = state_of(model)
+    merge_adapters(model, ["a1", "a0"], [0.9, 0.3])
+    after = assert_state(model, before)
+    assert list(after["configs"]) == ["a0", "a1", "merged"]
+    assert all(training for key, training in after["modes"].items() if ".merged" in key)
+    assert not any(flag for key, flag in after["flags"].items() if ".merged" in key)
+    assert [config.inference_mode for config in model.peft_config.values()] == [False, False, True]
+    assert not [warning for warning in recwarn if "deleted" in str(warning.message)]
+
+
+@pytest.mark.parametrize("active", ["a1", "merged"])
+@pytest.mark.parametrize("where", ["set_adapter_tensors", "check_constants"])
+def test_a_failure_leaves_no_trace(where, active, monkeypatch):
+    model = with_adapters(*[LoraConfig(**LORA, use_dora=True, modules_to_save=["classifier"]) for _ in range(2)])
+    before = state_of(model)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    for name in ("merged", "nothing"):
+        if name == "merged":
+            merge_adapters(model, ["a0", "a1"])
+            model.set_adapter(active)
+            before = state_of(model)
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+            patch.setattr(merge_module, where, fail)
+            merge_adapters(model, ["a1", "a0"], adapter_name=name)
+        assert_state(model, before, without=".other")
+        assert model.peft_config == before["configs"]
+        assert list(model.peft_config) == ["a0", "a1", "merged"]
+    images = tiny_images("vit")
+    expected = logits_of(model, images)
+    merge_adapters(model, ["a0", "a1"])
+    if active == "merged":
+        torch.testing.assert_close(logits_of(model, images), expected)
+
+
+def test_what_the_base_has_taken_in_cannot_be_merged():
+    model = with_adapters(LoraConfig(**LORA), LoraConfig(**LORA))
+    model.merge_adapter(["a1"])
+    with pytest.raises(ValueError, match="Adapters a1 are merged into the base weights; call `unmerge_adapter`"):
+        merge_adapters(model, ["a0", "a1"])
+    assert any("a1" in module.merged_adapters for module in model.modules() if hasattr(module, "lora_A"))
+
+
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        ({}, {"r": 8}, r"'a0' and 'a1' differ in r \(4 and 8\)"),
+        ({}, {"target_modules": ["q_proj"]}, r"differ in target_modules \(\{.*'v_proj'.*\} and \{'q_proj'\}\)"),
+        ({}, {"rank_pattern": {"q_proj": 2}}, r"differ in rank_pattern \(\{\} and \{'q_proj': 2\}\)"),
+        ({}, {"modules_to_save": ["classifier"]}, r"differ in modules_to_save \(None and \['classifier'\]\)"),
+        ({}, {"use_dora": True}, r"differ in use_dora \(False and True\)"),
+        ({}, {"layers_to_transform": [0, 1], "layers_pattern": "layers"}, "differ in layers_to_transform"),
+        ({"bias": "all"}, {}, "'a0' has bias='all'.*bias='none'"),
+        ({}, {"init_lora_weights": "olora"}, "'a1' has init_lora_weights='olora', which changes the base"),
+        ({}, {"lora_alpha": 0}, "'a1' has the scaling 0 in 'vit"),
+    ],
+)
+def test_adapters_that_are_not_alike(first, second, message):
+    arguments = {"target_modules": ATTENTION, "r": 4}
+    model = with_adapters(LoraConfig(**{**arguments, **first}), LoraConfig(**{**arguments, **second}))
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        merge_adapters(model, ["a0", "a1"])
+    assert list(model.state_dict()) == keys
+
+
+def test_what_may_differ():
+    arguments = {"target_modules": ATTENTION, "r": 4}
+    other = {"lora_dropout": 0.1, "init_lora_weights": "gaussian", "target_modules": ["attention.q_proj", "v_proj"]}
+    model = with_adapters(LoraConfig(**arguments), LoraConfig(**{**arguments, **other}))
+    merge_adapters(model, ["a0", "a1"])
+    assert "merged" in model.peft_config
+
+
+def test_other_types_of_adapters():
+    mixed = with_adapters(LoraConfig(target_modules=ATTENTION), LoHaConfig(target_modules=ATTENTION), mixed=True)
+    with pytest.raises(ValueError, match=r"'a0' and 'a1' differ in peft_type \('LORA' and 'LOHA'\)"):
+        merge_adapters(mixed, ["a0", "a1"])
+    adalora = get_peft_model(tiny_model("vit"), AdaLoraConfig(target_modules=ATTENTION, total_step=10), "a0")
+    with pytest.raises(ValueError, match="'a0' is of peft_type 'ADALORA', which cannot be merged"):
+        merge_adapters(adalora, ["a0"])
+
+
+def test_constants_outside_of_the_tensors():
+    shira = with_adapters(*[ShiraConfig(target_modules=ATTENTION, r=1) for _ in range(2)])
+    merge_adapters(shira, ["a0", "a1"], adapter_name="fine")
+    layer = next(module for module in shira.modules() if hasattr(module, "shira_indices"))
+    layer.shira_indices["a0"] = layer.shira_indices["a0"].flip(1)
+    with pytest.raises(ValueError, match="'a0' and 'a1' differ in their constants shira_indices.*random seed"):
+        merge_adapters(shira, ["a0", "a1"])
+    # Nor can an adapter be made whose constants are drawn anew.
+    keys = list(shira.state_dict())
+    with pytest.raises(ValueError, match="'a0' and 'merged' differ in their constants"):
+        merge_adapters(shira, ["a0"])
+    assert list(shira.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"adapters": []}, "name at least one"),
+        ({"adapters": ["a0", "a9"]}, "'a9' does not exist; there are a0, a1"),
+        ({"adapter_name": "a1"}, "'a1' cannot be merged into itself"),
+        ({"adapter_name": "a.b"}, "'a.b' must not be empty, hold a dot"),
+        ({"adapter_name": "copy"}, "'copy' must not be .* the name of an attribute"),
+        ({"weights": [1.0]}, "1 weights for 2 adapters"),
+        ({"weights": [0.0, 0.0]}, "not all zero"),
+        ({"weights": [-1.0, 1.0], "combination_type": "regmean", "grams": []}, "must not be negative"),
+        ({"combination_type": "cat"}, "'cat' does not exist; choose one of 'linear', 'uniform'"),
+        ({"combination_type": "ties"}, "needs the option 'density'"),
+        ({"combination_type": "regmean"}, "needs the option 'grams'"),
+        ({"svd_rank": 3}, "'linear' has no option 'svd_rank'"),
+    ],
+)
+def test_unusable_arguments(arguments, message):
+    model = with_adapters(LoraConfig(**LORA), LoraConfig(**LORA))
+    with pytest.raises(ValueError, match=message):
+        merge_adapters(model, **{"adapters": ["a0", "a1"], **arguments})
+    assert list(model.peft_config) == ["a0", "a1"]
+
+
+def test_half_precision():
+    base = tiny_model("vit").bfloat16()
+    model = get_peft_model(base, LoraConfig(**LORA), "a0", autocast_adapter_dtype=False)
+    model.add_adapter("a1", LoraConfig(**LORA), autocast_adapter_dtype=False)
+    merge_adapters(model, ["a0", "a1"])
+    assert {tensor.dtype for tensor in adapter_tensors(model, "merged").values()} == {torch.bfloat16}

@@ -1,0 +1,75 @@
+"""Measured BatchNorm statistics against those that training mode sees."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_images, tiny_model
+
+from dynammo_peft import DynammoConfig
+from dynammo_peft.merging.recalibration import recalibrate
+
+
+@pytest.fixture
+def model():
+    model = get_peft_model(tiny_model("resnet_basic"), DynammoConfig(classes=["a"]), "task_000")
+    for layer in model.modules():
+        if hasattr(layer, "dynammo_alpha"):
+            layer.dynammo_alpha["task_000"].data.fill_(1.0)
+    return model.eval()
+
+
+def norms(model, adapter="task_000"):
+    layers = [layer for layer in model.modules() if hasattr(layer, "dynammo_down_norm")]
+    return [norm for layer in layers for norm in (layer.dynammo_down_norm[adapter], layer.dynammo_up_norm[adapter])]
+
+
+def test_statistics_are_those_of_what_reaches_each_layer(model):
+    images = tiny_images("resnet_basic", 12)
+    seen = {}
+
+    def note(norm, args):
+        seen.setdefault(norm, []).append(args[0].detach())
+
+    handles = [norm.register_forward_pre_hook(note) for norm in norms(model)]
+    # Batches of different size count by their images.
+    recalibrate(model, "task_000", [images[:8], images[8:]])
+    for handle in handles:
+        handle.remove()
+    for norm in norms(model):
+        values = torch.cat(seen[norm]).transpose(0, 1).flatten(1).double()
+        torch.testing.assert_close(norm.running_mean.double(), values.mean(dim=1), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(norm.running_var.double(), values.var(dim=1, correction=0), atol=1e-5, rtol=1e-4)
+        assert norm.num_batches_tracked == 0
+    assert not any(module.training for module in model.modules())
+
+
+def test_one_batch_gives_the_outputs_of_training_mode(model):
+    images = tiny_images("resnet_basic", 8)
+    recalibrate(model, "task_000", [(images, torch.zeros(8))])
+    after = model(pixel_values=images).logits
+    for norm in norms(model):
+        norm.train()
+    torch.testing.assert_close(after, model(pixel_values=images).logits, atol=1e-4, rtol=1e-3)
+
+
+def test_other_adapters_and_the_active_one_stay(model):
+    model.add_adapter("task_001", DynammoConfig(classes=["b"]))
+    before = [norm.running_mean.clone() for norm in norms(model, "task_000")]
+    recalibrate(model, "task_001", [tiny_images("resnet_basic", 4)])
+    assert model.active_adapter == "task_000"
+    assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms(model, "task_000"), before))
+    assert any(norm.running_mean.any() for norm in norms(model, "task_001"))
+
+
+def test_without_batches_nothing_changes(model):
+    before = [norm.running_mean.clone() for norm in norms(model)]
+    with pytest.raises(ValueError, match="batches holds no images"):
+        recalibrate(model, "task_000", [])
+    assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms(model), before))
+
+
+def test_adapters_without_batch_norm_need_nothing():
+    model = get_peft_model(tiny_model("vit"), LoraConfig(target_modules=["q_proj"]))
+    recalibrate(model, "default", [])
+    with pytest.raises(ValueError, match="'other' does not exist"):
+        recalibrate(model, "other", [])
