@@ -89,7 +89,9 @@ def test_a_class_smaller_than_its_share_is_kept_whole(select):
     assert sorted(select(random_features(3), 7).tolist()) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("size", "classes", "quota"), [(10, 1, 10), (10, 3, 3), (10, 10, 1), (200, 8, 25)])
+@pytest.mark.parametrize(
+    ("size", "classes", "quota"), [(10, 1, 10), (10, 3, 3), (10, 10, 1), (200, 8, 25), (0, 1, 0), (0, 9, 0)]
+)
 def test_quota_is_rounded_down(size, classes, quota):
     assert ExemplarMemory(size).quota(classes) == quota
 
@@ -152,9 +154,16 @@ def test_random_memory_is_reproducible():
     assert rows_by_class(memories[0]) != rows_by_class(memories[2])
 
 
+def test_a_memory_of_no_images():
+    memory = ExemplarMemory(0)
+    for label in range(3):
+        memory.update(*class_images({label: 4}))
+        assert (len(memory), memory.classes, memory.images()) == (0, [], None)
+
+
 @pytest.mark.parametrize(
     ("new", "words"),
-    [({2: 4, 3: 4}, ["memory_size=3", "4 classes", "at least 4"]), ({1: 4}, ["Class 1", "learned once"])],
+    [({2: 4, 3: 4}, ["memory_size=3", "4 classes", "at least 4", "or to 0"]), ({1: 4}, ["Class 1", "learned once"])],
 )
 def test_refused_classes_leave_the_memory_as_it_was(new, words):
     memory = ExemplarMemory(3)
@@ -169,7 +178,7 @@ def test_refused_classes_leave_the_memory_as_it_was(new, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"size": 0}, ["memory_size=0", "at least 1"]),
+        ({"size": -1}, ["memory_size=-1", "negative"]),
         ({"size": 4, "selection": "newest"}, ["'newest'", "herding", "random", "closest_to_mean"]),
     ],
 )
@@ -178,3 +187,14 @@ def test_impossible_memories_are_refused(options, words):
         ExemplarMemory(**options)
     assert all(word in str(error.value) for word in words)
     assert "\n" not in str(error.value)
+
+
+def test_a_class_without_exemplars_is_named():
+    memory = ExemplarMemory(4)
+    memory.update(*class_images({0: 3, 2: 3}))
+    with pytest.raises(ValueError, match="no exemplar of 'mast cell'; set memory_size"):
+        memory.images_of(["basophil", "mast cell", "platelet"])
+    with pytest.raises(ValueError, match="no exemplar of 'a', 'b'"):
+        ExemplarMemory(0).images_of(["a", "b"])
+    memory.update(*class_images({1: 3}))
+    assert memory.images_of(["basophil", "mast cell", "platelet"]).labels.unique().tolist() == [0, 1, 2]

@@ -1,16 +1,21 @@
 from .catalog import load_image_dataset
+from .drift import AffineMap, fit_affine_map
 from .memory import ExemplarMemory
 from .scenario import ClassIncrementalScenario, LabelledImages, Task
+from .statistics import ClassStatistics
 from .transforms import BatchTransform, decode_images, resized_image_processor
 
 
 __all__ = [
+    "AffineMap",
     "BatchTransform",
     "ClassIncrementalScenario",
+    "ClassStatistics",
     "ExemplarMemory",
     "LabelledImages",
     "Task",
     "decode_images",
+    "fit_affine_map",
     "load_image_dataset",
     "resized_image_processor",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Optional
 
 import torch
@@ -64,14 +64,14 @@ class ExemplarMemory:
     At most `size` images in all, equally many of each class.
 
     Args:
-        size (`int`): Images in all.
+        size (`int`): Images in all; 0 keeps none.
         selection (`Literal["herding", "random", "closest_to_mean"]`): How the images of a class are chosen.
         seed (`int`): For `selection="random"`.
     """
 
     def __init__(self, size: int, selection: Selection = "herding", seed: int = 0) -> None:
-        if size < 1:
-            raise ValueError(f"memory_size={size} must be at least 1.")
+        if size < 0:
+            raise ValueError(f"memory_size={size} must not be negative.")
         if selection not in SELECTIONS:
             raise ValueError(f"selection={selection!r} does not exist; choose one of {', '.join(SELECTIONS)}.")
         self.size = size
@@ -91,18 +91,35 @@ class ExemplarMemory:
         """Images a class once `seen_classes` classes are known.
 
         Raises:
-            ValueError: If the memory is smaller than the number of classes.
+            ValueError: If the memory is smaller than the number of classes, unless it keeps none at all.
         """
-        if seen_classes > self.size:
+        if seen_classes > self.size > 0:
             raise ValueError(
                 f"memory_size={self.size} is smaller than the {seen_classes} classes, so some would have no exemplar; "
-                f"set memory_size to at least {seen_classes}."
+                f"set memory_size to at least {seen_classes}, or to 0."
             )
         return self.size // seen_classes
 
     def images(self) -> Optional[LabelledImages]:
         """All images remembered, class by class, or `None` if there are none yet."""
         return LabelledImages.concatenate(list(self._classes.values())) if self._classes else None
+
+    def images_of(self, class_names: Sequence[str]) -> LabelledImages:
+        """All images remembered, if there are some of every class.
+
+        Args:
+            class_names (`Sequence[str]`): The classes seen, in the order of their numbers.
+
+        Raises:
+            ValueError: If the memory has none of a class.
+        """
+        missing = [name for label, name in enumerate(class_names) if not len(self._classes.get(label, ()))]
+        if missing:
+            raise ValueError(
+                f"The memory has no exemplar of {', '.join(map(repr, missing))}; set memory_size to at least the "
+                "number of classes, or use class statistics (heads='lda')."
+            )
+        return self.images()
 
     def update(self, new_images: LabelledImages, features: Tensor) -> None:
         """Takes in new classes and shortens the old ones, so that all have equally many images.
@@ -116,6 +133,8 @@ class ExemplarMemory:
             if label in self._classes:
                 raise ValueError(f"Class {label} is in the memory already; a class is learned once.")
         quota = self.quota(len(self._classes) + len(new_classes))
+        if quota == 0:
+            return
         first = torch.arange(quota)
         self._classes = {label: images.select(first[: len(images)]) for label, images in self._classes.items()}
         for label in new_classes:

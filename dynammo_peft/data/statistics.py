@@ -1,0 +1,261 @@
+"""Class statistics: what is known of the classes' features without any of their images.
+
+Mean and covariance, computed in one pass, moved along when the model changes, and sampled from.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Optional, Union
+
+import torch
+from torch import Tensor
+
+from .drift import AffineMap
+
+
+Covariance = Literal["shared", "class"]
+
+# A class with fewer images takes the covariance of all classes.
+FEWEST_IMAGES = 4
+SHARED = -1
+
+
+@dataclass
+class Scatter:
+    """The sum over features of the outer products of their deviations from their class means, `(C, C)`."""
+
+    matrix: Tensor
+
+    @classmethod
+    def zeros(cls, features: int) -> Scatter:
+        """Of no features."""
+        return cls(torch.zeros(features, features, dtype=torch.float64))
+
+    def add(self, rows: Tensor) -> None:
+        """Adds deviations, `(N, C)`."""
+        self.matrix += rows.T @ rows
+
+    def add_scatter(self, other: Scatter) -> None:
+        """Adds another sum of the same kind."""
+        self.matrix += other.matrix
+
+    def move(self, affine_map: AffineMap, count: int) -> None:
+        """Moves it into another feature space; each of `count` features brings the map's error with it."""
+        self.matrix = affine_map.weight.T @ self.matrix @ affine_map.weight + count * affine_map.residual
+
+    def dense(self) -> Tensor:
+        """`(C, C)`."""
+        return self.matrix
+
+
+@dataclass
+class LowRankScatter:
+    """A `Scatter` of `rank` directions, and the exact variance of each feature: `factor.T @ factor + diag(diagonal)`.
+
+    Takes `(rank + 1) * C` numbers instead of `C * C`.
+    """
+
+    factor: Tensor
+    diagonal: Tensor
+    rank: int
+
+    @classmethod
+    def zeros(cls, features: int, rank: int) -> LowRankScatter:
+        """Of no features."""
+        return cls(torch.zeros(0, features, dtype=torch.float64), torch.zeros(features, dtype=torch.float64), rank)
+
+    def add(self, rows: Tensor) -> None:
+        """Adds deviations, `(N, C)`; what falls outside the leading directions goes to the diagonal."""
+        stacked = torch.cat([self.factor, rows])
+        if len(stacked) > self.rank:
+            _, values, vectors = torch.linalg.svd(stacked, full_matrices=False)
+            stacked = values[:, None] * vectors
+            self.diagonal = self.diagonal + stacked[self.rank :].square().sum(dim=0)
+        self.factor = stacked[: self.rank]
+
+    def add_scatter(self, other: LowRankScatter) -> None:
+        """Adds another sum of the same kind."""
+        self.diagonal = self.diagonal + other.diagonal
+        self.add(other.factor)
+
+    def move(self, affine_map: AffineMap, count: int) -> None:
+        """Moves it into another feature space; of what is not in the leading directions, the variances only."""
+        self.factor = self.factor @ affine_map.weight
+        spread = affine_map.weight.square().T @ self.diagonal
+        self.diagonal = spread + count * affine_map.residual.diagonal()
+
+    def dense(self) -> Tensor:
+        """`(C, C)`."""
+        return self.factor.T @ self.factor + torch.diag(self.diagonal)
+
+
+class ClassStatistics:
+    """
+    Number, mean and covariance of the features of each class; nothing of a single image is kept.
+
+    Updates are exact in any number of parts and in any order (Chan, Golub & LeVeque 1979), in `float64` on the CPU.
+
+    Args:
+        covariance (`Literal["shared", "class"]`): One covariance within classes for all of them, all images counting
+            the same, or one for each class.
+        rank (`Optional[int]`): Directions kept of each covariance, for wide features; exact if `None`.
+
+    Attributes:
+        counts (`dict[int, int]`): Images of each class.
+        means (`dict[int, Tensor]`): Mean of each class, `(C,)`.
+        names (`dict[int, str]`): What messages call the classes; their numbers where they have no name.
+
+    Raises:
+        ValueError: If an option does not exist.
+    """
+
+    def __init__(self, covariance: Covariance = "shared", rank: Optional[int] = None) -> None:
+        if covariance not in ("shared", "class"):
+            raise ValueError(f"covariance={covariance!r} does not exist; choose one of 'shared', 'class'.")
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank={rank} must be at least 1, or None for exact covariances.")
+        self.covariance = covariance
+        self.rank = rank
+        self.counts: dict[int, int] = {}
+        self.means: dict[int, Tensor] = {}
+        self.names: dict[int, str] = {}
+        self._scatters: dict[int, Union[Scatter, LowRankScatter]] = {}
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes known, in the order in which they came."""
+        return list(self.counts)
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Takes in features.
+
+        Args:
+            features (`Tensor`): `(N, C)`.
+            labels (`Tensor`): Class of each, `(N,)`.
+
+        Raises:
+            ValueError: If a feature is not finite.
+        """
+        if not torch.isfinite(features).all():
+            raise ValueError("Features hold NaN or infinity; class statistics cannot be computed from them.")
+        features, labels = features.detach().double().cpu(), labels.cpu()
+        for label in labels.unique().tolist():
+            own = features[labels == label]
+            mean = own.mean(dim=0)
+            self._scatter(label, len(mean)).add(own - mean)
+            self._add_mean(label, len(own), mean)
+
+    def combine(self, others: Iterable[ClassStatistics]) -> ClassStatistics:
+        """These statistics and those of other parts of the data as one, as if one had seen all.
+
+        Args:
+            others (`Iterable[ClassStatistics]`): As of other processes, in the same order on all of them.
+        """
+        combined = ClassStatistics(self.covariance, self.rank)
+        for part in (self, *others):
+            combined.names |= part.names
+            for key, scatter in part._scatters.items():
+                combined._scatter(key, len(part.means[part.classes[0]])).add_scatter(scatter)
+            for label in part.classes:
+                combined._add_mean(label, part.counts[label], part.means[label])
+        return combined
+
+    def move(self, affine_map: AffineMap) -> None:
+        """Moves all classes into another feature space; what the map leaves unexplained widens the covariances."""
+        for label, mean in self.means.items():
+            self.means[label] = affine_map(mean[None])[0]
+        for key, scatter in self._scatters.items():
+            scatter.move(affine_map, sum(self.counts.values()) if key == SHARED else self.counts[key])
+
+    def mean_matrix(self) -> Tensor:
+        """Means of all classes in the order of their numbers, `(N, C)`."""
+        return torch.stack([self.means[label] for label in sorted(self.means)])
+
+    def pooled_covariance(self) -> Tensor:
+        """Covariance within classes, `(C, C)`: the shared one, or the mean over classes that have enough images."""
+        if self.covariance == "shared":
+            return self._scatters[SHARED].dense() / sum(self.counts.values())
+        parts = [self._scatters[label].dense() / n for label, n in self.counts.items() if n >= FEWEST_IMAGES]
+        return sum(parts) / len(parts) if parts else torch.eye(self.mean_matrix().shape[1], dtype=torch.float64)
+
+    def class_covariance(self, label: int, pooled: Tensor, shrinkage: Optional[float] = None) -> Tensor:
+        """A class's covariance, shrunk towards the pooled one.
+
+        Args:
+            label (`int`): The class.
+            pooled (`Tensor`): From `pooled_covariance`, `(C, C)`.
+            shrinkage (`Optional[float]`): Share of the pooled covariance, from 0 to 1. If `None`, it follows from the
+                class's number of images `n` and of features `C`: `C / (C + n)`.
+
+        Returns:
+            `Tensor`: `(C, C)`; the pooled one if that is shared.
+
+        Raises:
+            ValueError: If `shrinkage` is no share.
+        """
+        if shrinkage is not None and not 0 <= shrinkage <= 1:
+            raise ValueError(f"shrinkage={shrinkage} must be at least 0 and at most 1.")
+        if self.covariance == "shared":
+            return pooled
+        count = self.counts[label]
+        if count < FEWEST_IMAGES:
+            warnings.warn(
+                f"Class {self.names.get(label, label)!r} has {count} images, too few for a covariance of its own; "
+                "that of all classes is taken.",
+                stacklevel=2,
+            )
+            return pooled
+        share = len(pooled) / (len(pooled) + count) if shrinkage is None else shrinkage
+        return (1 - share) * self._scatters[label].dense() / count + share * pooled
+
+    def sample(
+        self,
+        labels: Sequence[int],
+        count: int,
+        shrinkage: Optional[float] = None,
+        generator: Optional[torch.Generator] = None,
+    ) -> Tensor:
+        """Draws features from the Gaussians of classes.
+
+        Args:
+            labels (`Sequence[int]`): The classes.
+            count (`int`): Features of each.
+            shrinkage (`Optional[float]`): As in `class_covariance`.
+            generator (`Optional[torch.Generator]`): Source of randomness on the CPU; PyTorch's own if `None`.
+
+        Returns:
+            `Tensor`: `(len(labels), count, C)`, `float32`.
+        """
+        pooled = self.pooled_covariance()
+        drawn, root = [], None
+        for label in labels:
+            covariance = self.class_covariance(label, pooled, shrinkage)
+            if root is None or covariance is not pooled:
+                values, vectors = torch.linalg.eigh(covariance)
+                root = vectors * values.clamp(min=0).sqrt()
+            noise = torch.randn(count, len(root), dtype=torch.float64, generator=generator)
+            drawn.append((self.means[label] + noise @ root.T).float())
+        return torch.stack(drawn)
+
+    def _scatter(self, label: int, features: int) -> Union[Scatter, LowRankScatter]:
+        key = SHARED if self.covariance == "shared" else label
+        if key not in self._scatters:
+            rank = self.rank
+            self._scatters[key] = Scatter.zeros(features) if rank is None else LowRankScatter.zeros(features, rank)
+        return self._scatters[key]
+
+    def _add_mean(self, label: int, count: int, mean: Tensor) -> None:
+        """Counts a part of a class whose own scatter was added; the distance of the parts' means adds to it."""
+        old = self.counts.get(label, 0)
+        if not old:
+            self.counts[label], self.means[label] = count, mean
+            return
+        total, shift = old + count, mean - self.means[label]
+        self._scatter(label, len(mean)).add((old * count / total) ** 0.5 * shift[None])
+        self.counts[label], self.means[label] = total, self.means[label] + count / total * shift

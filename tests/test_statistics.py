@@ -1,0 +1,231 @@
+"""Class statistics against direct computation, planted drift, and moments of samples."""
+
+import warnings
+
+import pytest
+import torch
+
+from dynammo_peft.data import AffineMap, ClassStatistics, fit_affine_map
+
+
+def drawn(count=90, features=5, classes=3, seed=0):
+    """Features with a mean and a covariance of their own for each class, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    spread = torch.randn(classes, features, features, generator=generator)
+    means = 3 * torch.randn(classes, features, generator=generator)
+    noise = torch.randn(count, features, generator=generator)
+    return means[labels] + torch.einsum("nc,ncd->nd", noise, spread[labels]), labels
+
+
+def direct(features, labels, label):
+    """Mean and covariance by PyTorch."""
+    own = features[labels == label].double()
+    return own.mean(dim=0), torch.cov(own.T, correction=0)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 90])
+@pytest.mark.parametrize("covariance", ["shared", "class"])
+def test_updates_are_exact_in_any_number_of_parts(covariance, parts):
+    features, labels = drawn()
+    statistics = ClassStatistics(covariance)
+    for part in torch.arange(90).chunk(parts):
+        statistics.update(features[part], labels[part])
+    assert statistics.classes == [0, 1, 2]
+    assert statistics.counts == {0: 30, 1: 30, 2: 30}
+    means, covariances = zip(*(direct(features, labels, label) for label in range(3)))
+    torch.testing.assert_close(statistics.mean_matrix(), torch.stack(means))
+    torch.testing.assert_close(statistics.pooled_covariance(), sum(covariances) / 3)
+    if covariance == "class":
+        pooled = statistics.pooled_covariance()
+        for label in range(3):
+            torch.testing.assert_close(statistics.class_covariance(label, pooled, 0.0), covariances[label])
+
+
+@pytest.mark.parametrize("options", [{}, {"covariance": "class"}, {"covariance": "class", "rank": 5}])
+def test_parts_of_the_data_combine_to_the_whole(options):
+    features, labels = drawn()
+    whole = ClassStatistics(**options)
+    whole.update(features, labels)
+    parts = [ClassStatistics(**options) for _ in range(3)]
+    # The last part has not seen every class.
+    for part, chosen in zip(parts, (labels < 2, (labels == 2) & (torch.arange(90) < 40), torch.arange(90) >= 40)):
+        chosen = chosen & (torch.arange(90) < 40) if part is not parts[2] else chosen
+        part.update(features[chosen], labels[chosen])
+    combined = parts[0].combine(parts[1:])
+    assert combined.counts == whole.counts
+    torch.testing.assert_close(combined.mean_matrix(), whole.mean_matrix())
+    torch.testing.assert_close(combined.pooled_covariance(), whole.pooled_covariance())
+
+
+def test_shared_covariance_counts_images_and_class_covariances_count_classes():
+    features, labels = drawn()
+    chosen = (labels == 0) | (torch.arange(90) < 15)
+    features, labels = features[chosen], labels[chosen]
+    shared, own = ClassStatistics("shared"), ClassStatistics("class")
+    for statistics in (shared, own):
+        statistics.update(features, labels)
+    parts = [(int((labels == label).sum()), direct(features, labels, label)[1]) for label in range(3)]
+    torch.testing.assert_close(
+        shared.pooled_covariance(), sum(count * part for count, part in parts) / sum(count for count, _ in parts)
+    )
+    torch.testing.assert_close(own.pooled_covariance(), sum(part for _, part in parts) / 3)
+
+
+def test_single_precision_far_from_zero_loses_nothing():
+    features, labels = drawn()
+    statistics = ClassStatistics()
+    statistics.update(features + 1000, labels)
+    expected = sum(direct((features + 1000), labels, label)[1] for label in range(3)) / 3
+    torch.testing.assert_close(statistics.pooled_covariance(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_low_rank_keeps_leading_directions_and_every_variance():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([10.0, 5.0, 0.1, 0.1, 0.1, 0.1])
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
+    features = torch.randn(200, 6, generator=generator) * scale @ turn
+    statistics = ClassStatistics("class", rank=2)
+    for part in features.split(37):
+        statistics.update(part, torch.zeros(len(part), dtype=torch.long))
+    exact = torch.cov(features.double().T, correction=0)
+    kept = statistics.pooled_covariance()
+    torch.testing.assert_close(kept.diagonal(), exact.diagonal())
+    assert (kept - exact).norm() < 0.01 * exact.norm()
+    scatter = statistics._scatters[0]
+    assert scatter.factor.shape == (2, 6)
+
+
+def test_low_rank_with_all_directions_is_exact():
+    features, labels = drawn()
+    exact, full = ClassStatistics("class"), ClassStatistics("class", rank=5)
+    weight = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    affine_map = AffineMap(weight, torch.ones(5, dtype=torch.float64), torch.zeros(5, 5, dtype=torch.float64))
+    for statistics in (exact, full):
+        for part in range(0, 90, 30):
+            statistics.update(features[part : part + 30], labels[part : part + 30])
+        statistics.move(affine_map)
+    torch.testing.assert_close(full.pooled_covariance(), exact.pooled_covariance())
+
+
+@pytest.mark.parametrize("covariance", ["shared", "class"])
+def test_moved_statistics_are_those_of_moved_features(covariance):
+    features, labels = drawn()
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(5, 5, dtype=torch.float64, generator=generator)
+    bias = torch.randn(5, dtype=torch.float64, generator=generator)
+    residual = torch.diag(torch.arange(5.0, dtype=torch.float64))
+    moved, expected = ClassStatistics(covariance), ClassStatistics(covariance)
+    moved.update(features, labels)
+    moved.move(AffineMap(weight, bias, residual))
+    expected.update(features.double() @ weight + bias, labels)
+    torch.testing.assert_close(moved.mean_matrix(), expected.mean_matrix())
+    # Where the map does not tell where a feature goes, the class is that much wider.
+    torch.testing.assert_close(moved.pooled_covariance(), expected.pooled_covariance() + residual)
+
+
+def test_a_planted_drift_is_recovered():
+    generator = torch.Generator().manual_seed(4)
+    before = torch.randn(300, 6, generator=generator).double() + 5
+    weight = torch.eye(6).double() + 0.3 * torch.randn(6, 6, generator=generator).double()
+    bias = torch.randn(6, generator=generator).double()
+    found = fit_affine_map(before, before @ weight + bias, ridge=0.0)
+    torch.testing.assert_close(found.weight, weight)
+    torch.testing.assert_close(found.bias, bias)
+    assert found.residual.abs().max() < 1e-12
+    torch.testing.assert_close(found(before), before @ weight + bias)
+    noise = 0.5 * torch.randn(300, 6, generator=generator).double()
+    found = fit_affine_map(before, before @ weight + bias + noise, ridge=0.0)
+    torch.testing.assert_close(found.residual.diagonal(), torch.full((6,), 0.25).double(), rtol=0.2, atol=0)
+
+
+def test_the_ridge_is_a_pull_to_the_identity():
+    generator = torch.Generator().manual_seed(5)
+    before = torch.randn(40, 4, generator=generator).double()
+    after = before @ torch.randn(4, 4, generator=generator).double() + 1
+    strength = 0.7
+    centred, target = before - before.mean(dim=0), after - after.mean(dim=0)
+    value = strength * centred.square().sum() / 4
+    # Least squares with four more observations, which say that each feature stays what it is.
+    rows = torch.cat([centred, value.sqrt() * torch.eye(4).double()])
+    values = torch.cat([target, value.sqrt() * torch.eye(4).double()])
+    expected = torch.linalg.lstsq(rows, values).solution
+    torch.testing.assert_close(fit_affine_map(before, after, strength).weight, expected)
+    torch.testing.assert_close(fit_affine_map(before, after, 1e9).weight, torch.eye(4).double(), atol=1e-6, rtol=0)
+
+
+def test_directions_never_seen_stay_as_they_are():
+    before = torch.zeros(20, 3)
+    before[:, 0] = torch.arange(20.0)
+    after = before.clone()
+    after[:, 0] *= 2
+    found = fit_affine_map(before, after, ridge=0.0)
+    torch.testing.assert_close(found.weight, torch.diag(torch.tensor([2.0, 1.0, 1.0])).double(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("covariance", ["shared", "class"])
+def test_samples_have_the_moments_they_are_drawn_from(covariance):
+    features, labels = drawn()
+    statistics = ClassStatistics(covariance)
+    statistics.update(features, labels)
+    samples = statistics.sample([2, 0], 20000, 0.25, torch.Generator().manual_seed(0))
+    assert samples.shape == (2, 20000, 5)
+    assert samples.dtype == torch.float32
+    pooled = statistics.pooled_covariance()
+    for label, own in zip((2, 0), samples.double()):
+        covariance = statistics.class_covariance(label, pooled, 0.25)
+        scale = covariance.diagonal().sqrt()
+        torch.testing.assert_close(own.mean(dim=0) / scale, statistics.means[label] / scale, atol=0.03, rtol=0)
+        difference = (torch.cov(own.T) - covariance) / scale[:, None] / scale[None]
+        assert difference.abs().max() < 0.05
+    again = statistics.sample([2, 0], 20000, 0.25, torch.Generator().manual_seed(0))
+    assert torch.equal(samples, again)
+
+
+def test_shrinkage_follows_the_number_of_images():
+    features, labels = drawn()
+    statistics = ClassStatistics("class")
+    statistics.update(features, labels)
+    pooled, own = statistics.pooled_covariance(), direct(features, labels, 1)[1]
+    torch.testing.assert_close(statistics.class_covariance(1, pooled), (30 * own + 5 * pooled) / 35)
+    torch.testing.assert_close(statistics.class_covariance(1, pooled, 1.0), pooled)
+
+
+def test_a_class_with_too_few_images_takes_the_pooled_covariance_and_is_named():
+    features, labels = drawn()
+    labels[labels == 1] = 0
+    labels[1] = 1
+    statistics = ClassStatistics("class")
+    statistics.names = {1: "mast cell"}
+    statistics.update(features, labels)
+    pooled = statistics.pooled_covariance()
+    torch.testing.assert_close(pooled, sum(direct(features, labels, label)[1] for label in (0, 2)) / 2)
+    with pytest.warns(UserWarning, match="'mast cell' has 1 images, too few for a covariance"):
+        assert torch.equal(statistics.class_covariance(1, pooled), pooled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        statistics.class_covariance(0, pooled)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda: ClassStatistics("diagonal"), ["covariance='diagonal'", "'shared'", "'class'"]),
+        (lambda: ClassStatistics(rank=0), ["rank=0", "at least 1"]),
+        (lambda: ClassStatistics().update(torch.tensor([[torch.nan]]), torch.tensor([0])), ["NaN"]),
+        (lambda: fit_affine_map(torch.ones(3, 2), torch.ones(2, 2)), ["(3, 2)", "(2, 2)"]),
+        (lambda: fit_affine_map(torch.ones(0, 2), torch.ones(0, 2)), ["(0, 2)"]),
+        (lambda: fit_affine_map(torch.ones(3, 2), torch.ones(3, 2), -1), ["ridge=-1"]),
+    ],
+)
+def test_unusable_input_is_refused(wrong, words):
+    with pytest.raises(ValueError) as error:
+        wrong()
+    assert all(word in str(error.value) for word in words)
+
+
+def test_shrinkage_must_be_a_share():
+    statistics = ClassStatistics("class")
+    statistics.update(*drawn())
+    with pytest.raises(ValueError, match=r"shrinkage=1\.5"):
+        statistics.class_covariance(0, statistics.pooled_covariance(), 1.5)
