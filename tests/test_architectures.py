@@ -43,6 +43,19 @@ EXPECTED = {
         ("resnet.encoder.stages.3", "map", 48, 0, (14, 14)),
     ],
 }
+# The blocks that heads read beside what enters the classifier, with their channels.
+FEATURES = {
+    "vit": [(f"layers.{block}", 32) for block in range(5)],
+    "deit": [(f"layers.{block}", 32) for block in range(5)],
+    "dinov2": [(f"encoder.layer.{block}", 32) for block in range(5)],
+    "dinov2_with_registers": [(f"encoder.layer.{block}", 32) for block in range(5)],
+    "convnext": [("encoder.stages.0", 16), ("encoder.stages.1", 32), ("encoder.stages.2", 48)],
+    "convnextv2": [("encoder.stages.0", 16), ("encoder.stages.1", 32), ("encoder.stages.2", 48)],
+    "resnet_basic": [("encoder.stages.0", 16), ("encoder.stages.1", 32), ("encoder.stages.2", 48)],
+    "resnet_bottleneck": [("encoder.stages.0", 16), ("encoder.stages.1", 32), ("encoder.stages.2", 48)],
+    # A stage ends with the merger that doubles the channels.
+    "swin": [("encoder.layers.0", 32), ("encoder.layers.1", 64)],
+}
 EXPECTED["resnet_bottleneck"] = EXPECTED["resnet_basic"]
 EXPECTED["convnextv2"] = [(site[0].replace("convnext", "convnextv2"), *site[1:]) for site in EXPECTED["convnext"]]
 
@@ -100,12 +113,50 @@ def test_blocks_of_a_plain_transformer_are_evenly_spaced(depth, blocks):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_default_feature_modules(name):
+    model = adapted(name)
+    head = model.base_model.head
+    assert model.peft_config["task_000"].feature_modules == [module for module, _ in FEATURES[name]]
+    assert [(module, tap.site.channels) for module, tap in head.taps.items()] == FEATURES[name]
+    width = tiny_model(name).get_submodule("classifier" if "resnet" not in name else "classifier.1").in_features
+    assert head.features == width
+    assert head.dynammo_head["task_000"].in_features == width + sum(channels for _, channels in FEATURES[name])
+
+
+@pytest.mark.parametrize("arguments", [{"classes": None}, {"feature_modules": []}, {"preset": "paper"}])
+def test_no_feature_modules(arguments):
+    model = adapted("vit", **arguments)
+    assert model.peft_config["task_000"].feature_modules == []
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "depth, width, blocks",
+    [
+        (1, 32, [0]),
+        (5, 32, [0, 1, 2, 3, 4]),
+        (6, 192, [0, 1, 2, 3, 4, 5]),
+        (8, 192, [0, 1, 3, 4, 5, 7]),
+        (12, 192, [1, 3, 5, 7, 9, 11]),
+        # With what enters the classifier they stay within 4096 features.
+        (12, 768, [2, 5, 8, 11]),
+        (24, 1024, [7, 15, 23]),
+        # One at least, however wide.
+        (40, 4096, [39]),
+    ],
+)
+def test_feature_modules_of_a_plain_transformer_are_evenly_spaced_up_to_the_last(depth, width, blocks):
+    found = ARCHITECTURES["vit"].feature_modules({"num_hidden_layers": depth, "hidden_size": width})
+    assert found == [f"layers.{block}" for block in blocks]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_probing_leaves_the_model_as_it_was(name):
     model, size = tiny_model(name).train(), CONFIGS[name][1]
     model.classifier.eval()
     modes = [module.training for module in model.modules()]
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    probe(model, [EXPECTED[name][0][0]], "classifier", (size, size))
+    probe(model, [EXPECTED[name][0][0]], "classifier", (size, size), {"tapped": EXPECTED[name][1][0]})
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert not [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]

@@ -13,13 +13,13 @@ def test_default_preset():
     assert config.peft_type is PeftType.DYNAMMO
     assert (config.reduction_factor, config.padding, config.scoring) == (None, 1, "log_odds")
     assert (config.kernel_size, config.init_alpha) == (3, 0.02)
-    assert config.classes is config.target_modules is config.image_size is None
+    assert config.classes is config.target_modules is config.image_size is config.feature_modules is None
 
 
 def test_paper_preset():
     config = DynammoConfig(preset="paper")
     assert (config.reduction_factor, config.padding, config.scoring) == (1, 0, "min_others")
-    assert (config.kernel_size, config.init_alpha) == (3, 0.02)
+    assert (config.kernel_size, config.init_alpha, config.feature_modules) == (3, 0.02, [])
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
@@ -29,6 +29,9 @@ def test_explicit_values_win(preset):
     # Zero is a value too.
     config = DynammoConfig(preset=preset, padding=0, scoring="min_others")
     assert (config.padding, config.scoring) == (0, "min_others")
+    # So are an order of layers, and none of them.
+    for modules in (["layers.3", "layers.0"], []):
+        assert DynammoConfig(preset=preset, feature_modules=modules).feature_modules == modules
 
 
 @pytest.mark.parametrize(
@@ -82,12 +85,16 @@ def test_errors_name_what_is_wrong(arguments, message):
     [
         {},
         {"preset": "paper", "classes": ["a", "b"]},
+        {"feature_modules": []},
+        {"preset": "paper", "feature_modules": ["layers.3", "layers.0"]},
         {"preset": "paper", "padding": 1, "reduction_factor": 8, "scoring": "log_odds"},
         {
             "classes": [["a", "b"], ["c"]],
             "target_modules": ["layers.3", "layers.0"],
             "exclude_modules": r".*layers\.1",
             "head_module": "classifier",
+            "feature_modules": ["layers.4", "layers.2"],
+            "merge_weights": {"adapters": ["task_000"], "groups": [{"layer": "a", "weights": [0.5]}]},
             "reduction_factor": 4,
             "kernel_size": 5,
             "padding": 2,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dynammo_peft.tuner.heads import grouped_logits, head_targets, heads_loss, score_heads
+from dynammo_peft.tuner.heads import grouped_logits, head_targets, heads_loss, score_heads, set_class_logits
 
 
 SIZES = [(3,), (1,), (2, 2), (3, 1, 5, 2), (1, 1, 1)]
@@ -154,3 +154,16 @@ def test_heads_loss_in_half_precision(dtype):
     loss = heads_loss(logits, labels, (3, 1))
     assert loss.dtype is torch.float32
     torch.testing.assert_close(loss, heads_loss(logits.float(), labels, (3, 1)))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_one_classifier_in_the_place_of_all_heads(sizes):
+    head = torch.nn.Linear(5, sum(sizes) + len(sizes))
+    weight, bias = torch.randn(sum(sizes), 5, dtype=torch.float64), torch.randn(sum(sizes), dtype=torch.float64)
+    set_class_logits(head, sizes, weight, bias)
+    features = torch.randn(7, 5)
+    logits = head(features)
+    expected = features @ weight.float().T + bias.float()
+    torch.testing.assert_close(torch.cat([part[:, :-1] for part in split(logits, sizes)], dim=1), expected)
+    assert not any(part[:, -1].any() for part in split(logits, sizes))
+    torch.testing.assert_close(score_heads(logits, sizes, "log_odds"), expected)

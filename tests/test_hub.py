@@ -45,6 +45,7 @@ def test_only_the_named_adapters_are_saved_and_load_again(tmp_path):
     config = json.loads((tmp_path / "out" / "merged" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "out" / "backbone")
     assert config["classes"] == [["a", "b"], ["c"]]
+    assert config["feature_modules"] == [f"encoder.stages.{stage}" for stage in range(3)]
 
 
 def test_a_relative_path_of_the_base_model_is_made_absolute(tmp_path, monkeypatch):

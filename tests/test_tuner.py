@@ -551,6 +551,22 @@ def test_autocast(name):
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
+def test_heads_are_in_single_precision_under_autocast():
+    model, images = adapted("vit"), tiny_images("vit")
+    tuner = model.base_model
+    with torch.autocast("cpu", torch.bfloat16):
+        with tuner.head_output("features"):
+            features = logits_of(model, images)
+        with tuner.head_output("logits"):
+            logits = logits_of(model, images)
+    head = tuner.head.dynammo_head["task_000"]
+    assert logits.dtype is torch.float32
+    torch.testing.assert_close(logits, F.linear(features.float(), head.weight, head.bias))
+    # Half precision would show.
+    half = F.linear(features.bfloat16(), head.weight.bfloat16(), head.bias.bfloat16())
+    assert not torch.allclose(logits, half.float(), rtol=1e-4, atol=1e-4)
+
+
 def test_labels_follow_the_active_adapter():
     base = tiny_model("vit")
     base.config.problem_type = "multi_label_classification"
@@ -619,10 +635,16 @@ def test_head_output(name):
         with tuner.head_output("scores"):
             assert torch.equal(logits_of(model, images), scores)
         assert torch.equal(logits_of(model, images), logits)
-    assert torch.equal(features, seen[0])
-    assert features.shape == (2, tuner.head.features)
+    with tuner.head_output("last_layer_logits"):
+        last_layer_logits = logits_of(model, images)
+    width = seen[0].shape[1]
     linear = tuner.head.dynammo_head["task_000"]
+    # What enters the classifier comes first, then the further layers.
+    assert torch.equal(features[:, :width], seen[0])
+    assert features.shape == (2, linear.in_features)
+    assert linear.in_features > width
     torch.testing.assert_close(logits, features @ linear.weight.T + linear.bias)
+    torch.testing.assert_close(last_layer_logits, seen[0] @ linear.weight[:, :width].T + linear.bias)
     torch.testing.assert_close(scores, logits[:, :2] - logits[:, 2:])
     assert torch.equal(logits_of(model, images), scores)
 
@@ -632,7 +654,7 @@ def test_head_output_ends_with_an_error():
     with pytest.raises(KeyError), model.base_model.head_output("features"):
         raise KeyError
     assert model.base_model.head.output == "scores"
-    with pytest.raises(ValueError, match=r"output='odds'.*'scores', 'logits', 'features'"):
+    with pytest.raises(ValueError, match=r"output='odds'.*'scores', 'logits', .*'features'"):
         model.base_model.head_output("odds").__enter__()
     without = get_peft_model(tiny_model("vit"), DynammoConfig(), "task_000")
     with pytest.raises(ValueError, match=r"no head.*classes"):

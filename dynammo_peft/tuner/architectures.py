@@ -17,6 +17,9 @@ from .image_size import as_pair, needs_interpolation
 
 MAX_FLOPS_RATIO = 0.05
 PLAIN_TRANSFORMER_ADAPTERS = 4
+# Heads of a plain transformer read so many blocks, or as many as stay below so many features.
+PLAIN_TRANSFORMER_FEATURE_BLOCKS = 6
+MAX_FEATURES = 4096
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,19 @@ class Architecture:
             return {self.block.format(stage) for stage in range(len(depth))}
         places = min(PLAIN_TRANSFORMER_ADAPTERS, depth)
         return {self.block.format(place * depth // places) for place in range(places)}
+
+    def feature_modules(self, model_config: dict[str, Any]) -> list[str]:
+        """Names of the blocks whose pooled outputs the heads read beside what enters the classifier.
+
+        All stages but the last, whose output the classifier reads anyway; of a plain transformer, whose classifier may
+        read the first token only, evenly spaced blocks up to the last.
+        """
+        depth = model_config[self.depth]
+        if not isinstance(depth, int):
+            return [self.block.format(stage) for stage in range(len(depth) - 1)]
+        affordable = MAX_FEATURES // model_config["hidden_size"] - 1
+        places = max(1, min(PLAIN_TRANSFORMER_FEATURE_BLOCKS, depth, affordable))
+        return [self.block.format((place + 1) * depth // places - 1) for place in range(places)]
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -91,15 +107,22 @@ class Site:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one forward pass of the base model showed: its cost, what enters each block, and the classifier's width."""
+    """What one forward pass of the base model showed: its cost, what enters and leaves blocks and the classifier."""
 
     flops: int
     sites: dict[str, Site]
+    outputs: dict[str, Site]
     features: Optional[int]
     image_size: tuple[int, int]
 
 
-def probe(model: nn.Module, blocks: Sequence[str], head: Optional[str], image_size: tuple[int, int]) -> Probe:
+def probe(
+    model: nn.Module,
+    blocks: Sequence[str],
+    head: Optional[str],
+    image_size: tuple[int, int],
+    feature_modules: Optional[dict[str, str]] = None,
+) -> Probe:
     """Runs `model` once on a black image and notes what enters each block and the head.
 
     Args:
@@ -107,6 +130,7 @@ def probe(model: nn.Module, blocks: Sequence[str], head: Optional[str], image_si
         blocks (`Sequence[str]`): Names of the blocks.
         head (`Optional[str]`): Name of the classifier.
         image_size (`tuple[int, int]`): Height and width of the image, in pixels.
+        feature_modules (`Optional[dict[str, str]]`): Paths of the modules whose output is of interest, by their names.
 
     Returns:
         `Probe`
@@ -115,6 +139,7 @@ def probe(model: nn.Module, blocks: Sequence[str], head: Optional[str], image_si
         ValueError: If the model cannot process an image of this size, or a block sees neither a map nor tokens.
     """
     entering: dict[str, torch.Size] = {}
+    leaving: dict[str, torch.Size] = {}
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -123,7 +148,14 @@ def probe(model: nn.Module, blocks: Sequence[str], head: Optional[str], image_si
 
         return model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
 
+    def note_output(name: str, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            leaving[name] = (output if isinstance(output, torch.Tensor) else output[0]).shape
+
+        return model.get_submodule(path).register_forward_hook(hook)
+
     handles = [note(name) for name in (*blocks, *([head] if head else []))]
+    handles += [note_output(name, path) for name, path in (feature_modules or {}).items()]
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     channels = getattr(getattr(model, "config", None), "num_channels", 3)
     image = torch.zeros(1, channels, *image_size, device=weight.device, dtype=weight.dtype)
@@ -144,20 +176,23 @@ def probe(model: nn.Module, blocks: Sequence[str], head: Optional[str], image_si
         for module, training in modes:
             module.training = training
     patch = getattr(getattr(model, "config", None), "patch_size", None)
-    sites = {name: _site(name, entering, image_size, patch) for name in blocks}
-    return Probe(flops, sites, math.prod(entering[head][1:]) if head in entering else None, image_size)
+    sites = {name: _site(name, entering.get(name), image_size, patch, "target_modules") for name in blocks}
+    outputs = {
+        name: _site(name, leaving.get(name), image_size, patch, "feature_modules") for name in feature_modules or {}
+    }
+    return Probe(flops, sites, outputs, math.prod(entering[head][1:]) if head in entering else None, image_size)
 
 
-def _site(name: str, entering: dict[str, torch.Size], image_size: tuple[int, int], patch: Any) -> Site:
-    shape = entering.get(name)
+def _site(name: str, shape: Optional[torch.Size], image_size: tuple[int, int], patch: Any, option: str) -> Site:
     if shape is None:
-        raise ValueError(f"Block {name!r} is not used in a forward pass; take it out of target_modules.")
+        raise ValueError(f"Block {name!r} is not used in a forward pass; take it out of {option}.")
     if len(shape) == 4:
         return Site("map", channels=shape[1], size=(shape[2], shape[3]))
     if len(shape) != 3:
+        verb = "receives" if option == "target_modules" else "returns"
         raise ValueError(
-            f"Block {name!r} receives a tensor of {len(shape)} dimensions; an adapter needs a map (B, C, H, W) or "
-            "tokens (B, L, C). Choose other target_modules."
+            f"Block {name!r} {verb} a tensor of {len(shape)} dimensions; it takes a map (B, C, H, W) or tokens "
+            f"(B, L, C). Choose other {option}."
         )
     grid, stride = _grid_and_stride(shape[1], image_size, patch)
     return Site("tokens", channels=shape[2], prefix=shape[1] - math.prod(grid), stride=stride, size=grid)

@@ -17,8 +17,12 @@ Preset = Literal["default", "paper"]
 # What a preset fills in where the user has said nothing.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {"reduction_factor": None, "padding": 1, "scoring": "log_odds"},
-    "paper": {"reduction_factor": 1, "padding": 0, "scoring": "min_others"},
+    "paper": {"reduction_factor": 1, "padding": 0, "scoring": "min_others", "feature_modules": []},
 }
+
+
+# Adapters that differ in one of these do not fit together.
+BUILD_FIELDS = ("target_modules", "exclude_modules", "reduction_factor", "kernel_size", "padding", "feature_modules")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
@@ -45,6 +49,10 @@ class DynammoConfig(PeftConfig):
             Blocks to leave alone although `target_modules` names them.
         head_module (`Optional[str]`):
             Name of the classifier that the task's head stands in for. If `None`, it follows from the model type.
+        feature_modules (`Optional[list[str]]`):
+            Names of modules whose outputs, averaged over the image, the head reads beside what enters the classifier.
+            If `None`, they follow from the model type: each stage but the last of a hierarchical backbone, up to six
+            evenly spaced blocks of a plain transformer. `[]` (paper): none.
         classes (`Optional[Union[list[str], list[list[str]]]]`):
             Class names of the head, in the order of its logits; a list of lists for several heads (the merged
             adapter). If `None`, the model keeps its own classifier, frozen.
@@ -65,6 +73,9 @@ class DynammoConfig(PeftConfig):
             logit. `"min_others"` (paper, section 2.4): the head with the least "others" probability decides.
         modules_to_save (`Optional[list[str]]`):
             Further modules of the base model to train and to save with the adapter.
+        merge_weights (`Optional[dict[str, Any]]`):
+            With which weights a merged adapter was made, where they were learned: what
+            [`~dynammo_peft.merging.MergeWeights.from_dict`] reads. It documents, and changes nothing.
     """
 
     target_modules: Optional[Union[list[str], str]] = field(
@@ -78,6 +89,10 @@ class DynammoConfig(PeftConfig):
     )
     head_module: Optional[str] = field(
         default=None, metadata={"help": "Name of the base model's classifier; follows from the model type if unset."}
+    )
+    feature_modules: Optional[list[str]] = field(
+        default=None,
+        metadata={"help": "Modules whose pooled outputs the head reads too; by model type if unset, none if empty."},
     )
     classes: Optional[Union[list[str], list[list[str]]]] = field(
         default=None, metadata={"help": "Class names of the head in the order of its logits; a list per head."}
@@ -104,6 +119,9 @@ class DynammoConfig(PeftConfig):
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Further modules of the base model to train and save with the adapter."}
     )
+    merge_weights: Optional[dict[str, Any]] = field(
+        default=None, metadata={"help": "Learned weights with which a merged adapter was made; only documents."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,6 +134,8 @@ class DynammoConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        if self.feature_modules is not None:
+            self.feature_modules = list(self.feature_modules)
         self._check_numbers()
         self.classes = _as_heads(self.classes)
 

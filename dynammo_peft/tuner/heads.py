@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import Scoring
@@ -107,3 +107,19 @@ def heads_loss(logits: Tensor, labels: Tensor, sizes: tuple[int, ...], first: in
     grouped = grouped_logits(logits.float(), sizes)
     targets = head_targets(labels, sizes, first)
     return F.cross_entropy(grouped.flatten(0, 1), targets.flatten()) * len(sizes)
+
+
+@torch.no_grad()
+def set_class_logits(head: nn.Linear, sizes: tuple[int, ...], weight: Tensor, bias: Tensor) -> None:
+    """Makes all heads together one linear classifier: "others" is always 0, so that log-odds are its logits.
+
+    Args:
+        head (`nn.Linear`): All heads, `sum of n_t + 1` outputs.
+        sizes (`tuple[int, ...]`): Number of classes of each head.
+        weight (`Tensor`): `(N, C)`, in the order of the classes.
+        bias (`Tensor`): `(N,)`.
+    """
+    classes, _, _ = _columns(sizes, head.weight.device)
+    for parameter, value in ((head.weight, weight), (head.bias, bias)):
+        parameter.zero_()
+        parameter[classes] = value.to(parameter)

@@ -9,9 +9,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..merging import COMBINATIONS, average_statistics
 from .architectures import Site, bottleneck_channels
 from .config import DynammoConfig, Scoring
+from .features import FeatureTap
 from .heads import score_heads
 
 
@@ -20,7 +20,7 @@ CANNOT_FOLD = (
     "`add_weighted_adapter`, and save the result by `save_pretrained`."
 )
 
-HeadOutput = Literal["scores", "logits", "features"]
+HeadOutput = Literal["scores", "logits", "last_layer_logits", "last_layer_logits+features", "features"]
 
 
 class WrappingLayer(nn.Module, BaseTunerLayer):
@@ -136,26 +136,6 @@ class DynammoLayer(WrappingLayer):
         for container in self.containers_of(target):
             container[target].load_state_dict(container[source].state_dict())
 
-    @torch.no_grad()
-    def merge_adapters(self, adapters: list[str], merged: str, weights: Tensor, combination_type: str) -> None:
-        """Fills the adapter `merged`: parameters combined, BatchNorm statistics averaged.
-
-        Args:
-            adapters (`list[str]`): Names of the adapters to merge.
-            merged (`str`): Name of an adapter that exists already.
-            weights (`Tensor`): A weight for each, `(T,)`.
-            combination_type (`str`): A key of `COMBINATIONS`.
-        """
-        if merged not in self.dynammo_down:
-            return
-        combine = COMBINATIONS[combination_type]
-        self.dynammo_alpha[merged].copy_(combine([self.dynammo_alpha[name] for name in adapters], weights))
-        for container in self.containers_of(merged):
-            for key, parameter in container[merged].named_parameters():
-                parameter.copy_(combine([container[name].get_parameter(key) for name in adapters], weights))
-            for key, buffer in container[merged].named_buffers():
-                buffer.copy_(average_statistics([container[name].get_buffer(key) for name in adapters], weights))
-
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         names = self._own_adapters(self.dynammo_down)
         if names:
@@ -199,15 +179,26 @@ class DynammoHead(WrappingLayer):
         adapter_name (`str`): Name of the first adapter.
         config (`DynammoConfig`): Its configuration.
         features (`int`): Features that enter the classifier.
+        taps (`dict[str, FeatureTap]`): Where the features of the configuration's `feature_modules` come from.
     """
 
     adapter_layer_names = ("dynammo_head",)
+    other_param_names = ("sizes", "scoring", "feature_modules")
     # Heads are placed side by side, not merged.
     is_head = True
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: DynammoConfig, features: int) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: DynammoConfig,
+        features: int,
+        taps: dict[str, FeatureTap],
+    ) -> None:
         super().__init__(base_layer, adapter_name)
         self.features = features
+        self.taps = taps
+        self.feature_modules: dict[str, list[str]] = {}
         self.output: HeadOutput = "scores"
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.scoring: dict[str, Scoring] = {}
@@ -219,19 +210,26 @@ class DynammoHead(WrappingLayer):
         sizes = config.head_sizes
         self.sizes[adapter_name] = sizes
         self.scoring[adapter_name] = config.scoring
-        self.dynammo_head[adapter_name] = nn.Linear(self.features, sum(sizes) + len(sizes))
+        self.feature_modules[adapter_name] = list(config.feature_modules or ())
+        features = self.features + sum(self.taps[name].site.channels for name in self.feature_modules[adapter_name])
+        self.dynammo_head[adapter_name] = nn.Linear(features, sum(sizes) + len(sizes))
+        # Training with "last_layer_logits" leaves these columns alone.
+        nn.init.zeros_(self.dynammo_head[adapter_name].weight[:, self.features :])
         self._place(adapter_name, config.inference_mode)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits over the classes `(B, N)`; inside `head_output`, raw logits or the features instead."""
         names = self._own_adapters(self.dynammo_head)
-        features = hidden_states.flatten(1)
+        taken = {name: tap.take() for name, tap in self.taps.items()}
+        parts = {name: self._features(hidden_states, taken, name) for name in names}
         if self.output == "features":
-            return features
+            return parts[names[0]] if names else hidden_states.flatten(1)
         if not names:
             return self.base_layer(hidden_states, *args, **kwargs)
-        logits = torch.cat([self._logits(features, name) for name in names], dim=1)
-        if self.output == "logits":
+        logits = torch.cat([self._logits(parts[name], name) for name in names], dim=1)
+        if self.output == "last_layer_logits+features":
+            return torch.cat([logits, *(part.to(logits.dtype) for part in parts.values())], dim=1)
+        if self.output != "scores":
             return logits
         return score_heads(logits, sum((self.sizes[name] for name in names), ()), self.scoring[names[0]])
 
@@ -247,11 +245,15 @@ class DynammoHead(WrappingLayer):
             for key, parameter in self.dynammo_head[merged].named_parameters():
                 parameter.copy_(torch.cat([self.dynammo_head[name].get_parameter(key) for name in adapters]))
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.sizes.pop(adapter_name, None)
-        self.scoring.pop(adapter_name, None)
+    def _features(self, hidden_states: Tensor, taken: dict[str, Tensor], name: str) -> Tensor:
+        """What an adapter's heads read, `(B, C)`."""
+        return torch.cat([hidden_states.flatten(1), *(taken[key] for key in self.feature_modules[name])], dim=1)
 
     def _logits(self, features: Tensor, name: str) -> Tensor:
         head = self.dynammo_head[name]
-        return head(self._cast_input_dtype(features, head.weight.dtype))
+        features = features.to(head.weight.dtype)
+        # In half precision, heads on many correlated features would lose what tells classes apart.
+        with torch.autocast(features.device.type, enabled=False):
+            if self.output.startswith("last_layer_logits"):
+                return F.linear(features[:, : self.features], head.weight[:, : self.features], head.bias)
+            return head(features)

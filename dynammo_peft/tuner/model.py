@@ -13,13 +13,15 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..merging import COMBINATIONS, check_weights
+from ..merging import merge_adapters
 from .architectures import ARCHITECTURES, Probe, check_map_sizes, choose_reduction_factor, probe
-from .config import DynammoConfig, check_choice
+from .config import BUILD_FIELDS, DynammoConfig, check_choice
+from .features import FeatureTap
 from .image_size import ImageSizeHook, as_pair
+from .labels import BaseLabels
 from .layer import CANNOT_FOLD, DynammoHead, DynammoLayer, HeadOutput, WrappingLayer
 from .modes import adapters_bypassed, freeze_mode
-from .names import base_modules, check_adapter_name
+from .names import base_modules, check_adapter_name, find_base_module
 
 
 class DynammoModel(BaseTuner):
@@ -79,16 +81,21 @@ class DynammoModel(BaseTuner):
                     f"Model type {model_type!r} is not known; set {' and '.join(missing)} in the DynammoConfig. "
                     f"Known: {', '.join(ARCHITECTURES)}."
                 )
+            peft_config.feature_modules = peft_config.feature_modules or []
             return peft_config
         if peft_config.target_modules is None:
             peft_config.target_modules = architecture.target_modules(model_config)
         if peft_config.head_module is None:
             peft_config.head_module = architecture.head
+        if peft_config.classes is None:
+            peft_config.feature_modules = []
+        elif peft_config.feature_modules is None:
+            peft_config.feature_modules = architecture.feature_modules(model_config)
         return peft_config
 
     def _prepare_model(self, peft_config: DynammoConfig, model: nn.Module) -> None:
         if not hasattr(self, "_probe"):
-            self._base_labels = _labels(model)
+            self._base_labels = BaseLabels(model)
         found = self._probe_blocks(peft_config, model)
         if peft_config.reduction_factor is None:
             peft_config.reduction_factor = choose_reduction_factor(found, peft_config)
@@ -115,12 +122,21 @@ class DynammoModel(BaseTuner):
                 f"The base model has no module {peft_config.head_module!r} for the head; load it with "
                 "AutoModelForImageClassification or set head_module in the DynammoConfig."
             )
+        feature_modules = {name: find_base_module(model, name) for name in peft_config.feature_modules}
         known = getattr(self, "_probe", None)
         enough = known is not None and set(blocks) <= set(known.sites) and (head is None or known.features is not None)
-        if enough and known.image_size == as_pair(size):
+        if enough and set(feature_modules) <= set(known.outputs) and known.image_size == as_pair(size):
             return replace(known, sites={name: known.sites[name] for name in blocks})
         with adapters_bypassed(model):
-            return probe(model, blocks, head, as_pair(size))
+            return probe(model, blocks, head, as_pair(size), feature_modules)
+
+    def _taps(self, names: Sequence[str], taps: dict[str, FeatureTap]) -> dict[str, FeatureTap]:
+        """A tap on each of the modules; those that are there already are used again."""
+        for name in names:
+            if name not in taps:
+                path = find_base_module(self.model, name)
+                taps[name] = FeatureTap(self.model.get_submodule(path), self._probe.outputs[name])
+        return taps
 
     @staticmethod
     def _is_head(peft_config: DynammoConfig, key: str) -> bool:
@@ -142,11 +158,14 @@ class DynammoModel(BaseTuner):
         current_key: str,
         parameter_name: Optional[str] = None,
     ) -> None:
+        if isinstance(target, DynammoHead):
+            self._taps(peft_config.feature_modules, target.taps)
         if isinstance(target, WrappingLayer):
             target.update_layer(adapter_name, peft_config)
             return
         if self._is_head(peft_config, current_key):
-            layer = DynammoHead(target, adapter_name, peft_config, self._probe.features)
+            taps = self._taps(peft_config.feature_modules, {})
+            layer = DynammoHead(target, adapter_name, peft_config, self._probe.features, taps)
         else:
             layer = DynammoLayer(target, adapter_name, peft_config, self._probe.sites[current_key])
             ImageSizeHook.of(self.model).layers.append(layer)
@@ -207,6 +226,9 @@ class DynammoModel(BaseTuner):
     def unload(self) -> nn.Module:
         self._sync_labels([])
         ImageSizeHook.of(self.model).handle.remove()
+        if self.head is not None:
+            for tap in self.head.taps.values():
+                tap.handle.remove()
         return super().unload()
 
     def _check_merge_allowed(self) -> None:
@@ -215,19 +237,10 @@ class DynammoModel(BaseTuner):
 
     def _sync_labels(self, adapters: Sequence[str]) -> None:
         """Makes the base model's configuration name the classes whose logits it gives now."""
-        config = getattr(self.model, "config", None)
-        if config is None or self._base_labels is None:
-            return
         layers = [module for module in self.model.modules() if isinstance(module, WrappingLayer)]
         if layers and all(layer.disable_adapters for layer in layers):
             adapters = []
-        names = [name for adapter in adapters for name in self.peft_config[adapter].class_names]
-        id2label, problem_type = self._base_labels
-        if names:
-            id2label, problem_type = dict(enumerate(names)), "single_label_classification"
-        config.id2label = dict(id2label)
-        config.label2id = {label: index for index, label in id2label.items()}
-        config.problem_type = problem_type
+        self._base_labels.show([name for adapter in adapters for name in self.peft_config[adapter].class_names])
 
     @property
     def head(self) -> Optional[DynammoHead]:
@@ -239,9 +252,11 @@ class DynammoModel(BaseTuner):
         """Makes the model's `logits` something else for a while.
 
         Args:
-            output (`Literal["scores", "logits", "features"]`):
+            output (`Literal["scores", "logits", "last_layer_logits", "last_layer_logits+features", "features"]`):
                 `"scores"`: logits over the classes `(B, N)`, as ever. `"logits"`: the raw logits of all heads, with
-                "others", `(B, sum of n_t + 1)`, for training. `"features"`: what enters the classifier, `(B, C)`.
+                "others", `(B, sum of n_t + 1)`, for training. `"last_layer_logits"`: the part of them that comes from
+                what enters the classifier, without further layers, for training adapters all the way through the
+                backbone. `"features"`: what the heads read, `(B, C)`; with a `+`, one behind the other.
         """
         check_choice("output", output, HeadOutput)
         head = self.head
@@ -297,6 +312,7 @@ class DynammoModel(BaseTuner):
         weights: Optional[list[float]] = None,
         adapter_name: str = "merged",
         combination_type: str = "linear",
+        **options: Any,
     ) -> None:
         """
         Merges adapters into a new one (Qazi et al. 2024, section 2.3), in the manner of `LoraModel`.
@@ -307,40 +323,63 @@ class DynammoModel(BaseTuner):
 
         Args:
             adapters (`list[str]`): Names of the adapters, in the order in which their classes shall stand.
-            weights (`list[float]`, *optional*): A weight for each; `1 / len(adapters)` if not given.
+            weights (`list[float]`, *optional*): A weight for each; see [`~dynammo_peft.merging.merge_adapters`].
             adapter_name (`str`): Name of the new adapter, defaults to `"merged"`.
-            combination_type (`str`): How parameters are combined; only `"linear"`, their weighted sum, so far.
+            combination_type (`str`): A key of [`~dynammo_peft.merging.COMBINATIONS`]; `"linear"`: the weighted sum.
+            options: Options of that function, as `density` of `"ties"`.
 
         Raises:
             ValueError: If an adapter does not exist or is built differently from the first, a class belongs to two of
-                them, weights are missing or unusable, or the combination type does not exist.
+                them, weights are missing or unusable, or the combination type or an option does not exist.
         """
-        check_choice("combination_type", combination_type, COMBINATIONS)
-        self._check_mergeable(adapters, adapter_name)
-        mixture = check_weights(weights if weights is not None else [1 / len(adapters)] * len(adapters), len(adapters))
-        heads = [head for name in adapters for head in self.peft_config[name].classes or ()]
-        config = replace(self.peft_config[adapters[0]], classes=heads or None, inference_mode=True)
-        active = list(self.active_adapters)
+        merge_adapters(self, adapters, weights, adapter_name, combination_type, **options)
+
+    def create_merged_adapter(self, adapters: list[str], adapter_name: str) -> None:
+        """Adds a frozen adapter with the heads of others side by side; its blocks' adapters are fresh.
+
+        Args:
+            adapters (`list[str]`): Names of the adapters, in the order in which their classes shall stand.
+            adapter_name (`str`): Name of the new adapter.
+
+        Raises:
+            ValueError: If an adapter does not exist or is built differently from the first, a class belongs to two of
+                them, or there is an adapter of the new name already.
+        """
+        self.check_mergeable(adapters, adapter_name)
         if adapter_name in self.peft_config:
-            if adapter_name in active:
-                self.set_adapter(adapters[0], inference_mode=True)
-            self.delete_adapter(adapter_name)
-        self.peft_config[adapter_name] = config
+            raise ValueError(f"Adapter {adapter_name!r} exists already; choose another adapter_name.")
+        self.peft_config[adapter_name] = self._merged_config(adapters)
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
             del self.peft_config[adapter_name]
             raise
         self._cast_adapter_dtype(adapter_name)
-        for layer in self.model.modules():
-            if isinstance(layer, DynammoHead):
-                layer.concatenate_heads(adapters, adapter_name)
-            elif isinstance(layer, DynammoLayer):
-                layer.merge_adapters(adapters, adapter_name, mixture, combination_type)
-        if adapter_name in active:
-            self.set_adapter(active)
-        self.set_requires_grad(adapter_name, requires_grad=False)
-        self.train(self.model.training)
+        if self.head is not None:
+            self.head.concatenate_heads(adapters, adapter_name)
+
+    def check_mergeable(self, adapters: list[str], adapter_name: str) -> None:
+        """Raises a `ValueError` unless `create_merged_adapter` can make an adapter of others.
+
+        Args:
+            adapters (`list[str]`): Names of the adapters.
+            adapter_name (`str`): Name of the new adapter.
+        """
+        if not adapters:
+            raise ValueError("No adapters to merge; name at least one.")
+        if adapter_name in adapters:
+            raise ValueError(f"Adapter {adapter_name!r} cannot be merged into itself; choose another adapter_name.")
+        # Before the comparison of fields, of which some follow from having a head.
+        if len({self.peft_config[name].classes is None for name in adapters if name in self.peft_config}) > 1:
+            raise ValueError(f"Of adapters {', '.join(adapters)} only some have a head; give all of them `classes`.")
+        self._check_alike(adapters)
+        # Raises if two adapters have a class in common.
+        self._merged_config(adapters)
+
+    def _merged_config(self, adapters: list[str]) -> DynammoConfig:
+        heads = [head for name in adapters for head in self.peft_config[name].classes or ()]
+        first = self.peft_config[adapters[0]]
+        return replace(first, classes=heads or None, inference_mode=True, merge_weights=None)
 
     def _check_alike(self, adapters: list[str]) -> None:
         """Raises a `ValueError` unless all adapters exist and are built as the first."""
@@ -350,28 +389,9 @@ class DynammoModel(BaseTuner):
         first = self.peft_config[adapters[0]]
         for name in adapters[1:]:
             config = self.peft_config[name]
-            for field in ("target_modules", "exclude_modules", "reduction_factor", "kernel_size", "padding"):
+            for field in BUILD_FIELDS:
                 if getattr(config, field) != getattr(first, field):
                     raise ValueError(
                         f"Adapters {adapters[0]!r} and {name!r} differ in {field} ({getattr(first, field)!r} and "
                         f"{getattr(config, field)!r}); give both the same."
                     )
-
-    def _check_mergeable(self, adapters: list[str], adapter_name: str) -> None:
-        if not adapters:
-            raise ValueError("No adapters to merge; name at least one.")
-        if adapter_name in adapters:
-            raise ValueError(f"Adapter {adapter_name!r} cannot be merged into itself; choose another adapter_name.")
-        self._check_alike(adapters)
-        if any(self.peft_config[name].modules_to_save for name in adapters):
-            raise ValueError(
-                "Adapters with modules_to_save cannot be merged: what these modules learned would be lost."
-            )
-        if len({self.peft_config[name].classes is None for name in adapters}) > 1:
-            raise ValueError(f"Of adapters {', '.join(adapters)} only some have a head; give all of them `classes`.")
-
-
-def _labels(model: nn.Module) -> Optional[tuple[dict[int, str], Optional[str]]]:
-    config = getattr(model, "config", None)
-    id2label = getattr(config, "id2label", None)
-    return None if id2label is None else (dict(id2label), getattr(config, "problem_type", None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -27,12 +28,25 @@ def freeze_mode(module: nn.Module) -> None:
 @contextmanager
 def adapters_bypassed(model: nn.Module) -> Iterator[None]:
     """Makes all tuner layers pass their input on to what they wrap; gradients and active adapters stay as they are."""
+    with _set_on_layers(model, "_disable_adapters", True):
+        yield
+
+
+@contextmanager
+def adapter_instead(model: nn.Module, name: str) -> Iterator[None]:
+    """Computes with another adapter for a while; what is trained, and in which mode, stays as it is."""
+    with _set_on_layers(model, "_active_adapter", [name]):
+        yield
+
+
+@contextmanager
+def _set_on_layers(model: nn.Module, attribute: str, value: Any) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, WrappingLayer)]
-    before = [layer._disable_adapters for layer in layers]
+    before = [getattr(layer, attribute) for layer in layers]
     for layer in layers:
-        layer._disable_adapters = True
+        setattr(layer, attribute, value)
     try:
         yield
     finally:
-        for layer, disabled in zip(layers, before):
-            layer._disable_adapters = disabled
+        for layer, old in zip(layers, before):
+            setattr(layer, attribute, old)

@@ -36,3 +36,20 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if name and not any(name.startswith(f"{layer}.") for layer in layers):
             yield name, module
+
+
+def find_base_module(model: nn.Module, name: str) -> str:
+    """The path of the base model's module of a name or of a name's end, below tuner layers where it is in one.
+
+    Raises:
+        ValueError: If there is none, or more than one.
+    """
+    paths = {}
+    for path, _ in model.named_modules():
+        plain = ".".join(part for part in path.split(".") if part != "base_layer")
+        if plain == name or plain.endswith(f".{name}"):
+            paths[plain] = path
+    if len(paths) != 1:
+        found = f"several modules {name!r} ({', '.join(paths)})" if paths else f"no module {name!r}"
+        raise ValueError(f"The base model has {found}; give feature_modules whole names of its blocks.")
+    return next(iter(paths.values()))
