@@ -5,7 +5,17 @@ Importing the package registers the method `DYNAMMO` with PEFT.
 
 from .data import ClassIncrementalScenario, ExemplarMemory, Task, load_image_dataset, resized_image_processor
 from .evaluation import Cost, forward_cost
-from .methods import ACL, METHODS, AdapterMethodArguments, Dynammo, Joint, Method, MethodArguments, Stage
+from .methods import (
+    ACL,
+    METHODS,
+    AdapterMethodArguments,
+    Dynammo,
+    DynammoArguments,
+    Joint,
+    Method,
+    MethodArguments,
+    Stage,
+)
 from .training import Learner, Results
 from .tuner import DynammoConfig, DynammoModel
 from .version import __version__
@@ -18,6 +28,7 @@ __all__ = [
     "ClassIncrementalScenario",
     "Cost",
     "Dynammo",
+    "DynammoArguments",
     "DynammoConfig",
     "DynammoModel",
     "ExemplarMemory",

@@ -69,6 +69,10 @@ class ModelArguments:
     target_modules: Optional[list[str]] = field(
         default=None, metadata={"help": "Blocks to put adapters in front of; they follow from the model if unset."}
     )
+    feature_modules: Optional[list[str]] = field(
+        default=None,
+        metadata={"help": "Modules whose pooled outputs the heads read too; they follow from the method if unset."},
+    )
     reduction_factor: Optional[int] = field(
         default=None, metadata={"help": "Channels over bottleneck channels; chosen by cost if unset."}
     )
@@ -229,6 +233,7 @@ def run(argv: list[str]) -> tuple[Method, Results]:
     config = DynammoConfig(
         preset=model_args.preset,
         target_modules=model_args.target_modules,
+        feature_modules=model_args.feature_modules,
         reduction_factor=model_args.reduction_factor,
         scoring=model_args.scoring,
     )

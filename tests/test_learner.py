@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from dynammo_peft import (
-    AdapterMethodArguments,
     ClassIncrementalScenario,
     Dynammo,
+    DynammoArguments,
     DynammoConfig,
     Learner,
     Method,
@@ -91,7 +91,7 @@ class Pixels(Method):
 
 def short(**changes):
     options = {"memory_size": 12, "adapter_epochs": 1, "adapter_batch_size": 8, "head_epochs": 2, "head_batch_size": 8}
-    return AdapterMethodArguments(**options | changes)
+    return DynammoArguments(**options | changes)
 
 
 def fit(method, scenario, accelerator=None, **options):
@@ -172,6 +172,7 @@ def test_batch_norm_meets_no_single_image():
     method = Dynammo(tiny_model("vit"), short(), DynammoConfig(preset="paper"))
     assert len(fit(method, scenario).references) == 8
     assert method.model.base_model.peft_config["merged"].padding == 0
+    assert method.heads == "exemplars"
 
 
 def test_predictions_on_all_classes_seen_after_each_task():
@@ -260,11 +261,12 @@ def test_after_task_is_called_after_each_task():
     assert isinstance(results, Results)
 
 
-def test_the_seed_decides_everything():
+@pytest.mark.parametrize("heads", ["lda", "gaussians", "exemplars"])
+def test_the_seed_decides_everything(heads):
     runs = []
     for seed in (0, 0, 1):
         scenario = coloured_tasks(classes=4)
-        method = Dynammo(tiny_model("vit"), short(seed=seed, selection="random"))
+        method = Dynammo(tiny_model("vit"), short(seed=seed, selection="random", heads=heads))
         # What happened before must not matter.
         torch.manual_seed(100 + len(runs))
         results = fit(method, scenario)
@@ -313,9 +315,8 @@ def test_mixed_precision_is_for_training_and_testing_only():
 def test_the_progress_bar(capsys, progress):
     scenario = coloured_tasks(classes=4)
     capsys.readouterr()
-    Learner(Dynammo(tiny_model("vit"), short(adapter_epochs=2)), Accelerator(cpu=True), progress=progress).fit(
-        scenario
-    )
+    method = Dynammo(tiny_model("vit"), short(adapter_epochs=2, heads="exemplars", feature_views=1))
+    Learner(method, Accelerator(cpu=True), progress=progress).fit(scenario)
     shown = capsys.readouterr()
     assert shown.out == ""
     if progress:

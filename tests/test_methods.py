@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from dynammo_peft import (
     ACL,
     METHODS,
-    AdapterMethodArguments,
     ClassIncrementalScenario,
     Dynammo,
     DynammoConfig,
@@ -25,7 +24,11 @@ from dynammo_peft import (
 from dynammo_peft.methods import Optimization
 
 
-def arguments(**changes):
+# What is run: methods, and DynaMMo as the paper has it.
+RUNS = {"dynammo": Dynammo, "paper": Dynammo, "acl": ACL, "joint": Joint}
+
+
+def arguments(method_cls=Dynammo, **changes):
     options = {
         "memory_size": 24,
         "adapter_epochs": 3,
@@ -35,7 +38,7 @@ def arguments(**changes):
         "head_batch_size": 8,
         "head_learning_rate": 3e-2,
     }
-    return AdapterMethodArguments(**options | changes)
+    return method_cls.arguments_cls(**options | changes)
 
 
 def coloured_tasks(classes=6, size=64, per_class=8):
@@ -68,19 +71,22 @@ def changed(before, after):
 
 @torch.no_grad()
 def features_under(model, name, images):
-    """What enters the head while an adapter is active."""
-    entered = []
-    handle = model.head.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0].flatten(1)))
+    """What enters the head while an adapter is active, and the pooled maps of the layers that it reads too."""
+    entered, pooled = [], []
+    layers = [model.get_base_model().convnext.get_submodule(key) for key in model.peft_config[name].feature_modules]
+    handles = [model.head.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0].flatten(1)))]
+    handles += [layer.register_forward_hook(lambda *args: pooled.append(args[2].mean((2, 3)))) for layer in layers]
     model.set_adapter(name)
     model.eval()
     model(pixel_values=images)
-    handle.remove()
-    return entered[0]
+    for handle in handles:
+        handle.remove()
+    return torch.cat([*entered, *(F.layer_norm(means, means.shape[1:]) for means in pooled)], dim=1)
 
 
 def begun(method_cls, scenario, config=None, **options):
     """A method that is about to learn its first task."""
-    method = method_cls(tiny_model("convnext"), arguments(**options), config)
+    method = method_cls(tiny_model("convnext"), arguments(method_cls, **options), config)
     method.begin(scenario, Accelerator(cpu=True))
     return method
 
@@ -91,7 +97,7 @@ def learn_nothing(method, task):
         pass
 
 
-def fit(method_cls, scenario, model, **options):
+def fit(method_cls, scenario, model, config=None, **options):
     """Learns all tasks, and notes before and after each stage what the model was made of."""
     stages = []
 
@@ -106,7 +112,7 @@ def fit(method_cls, scenario, model, **options):
                 stages.append(noted)
 
     first = backbone(model)
-    method = Watched(model, arguments(**options))
+    method = Watched(model, arguments(method_cls, **options), config)
     results = Learner(method, Accelerator(cpu=True), progress=False).fit(scenario)
     return SimpleNamespace(method=method, model=method.model, results=results, stages=stages, first=first)
 
@@ -123,14 +129,15 @@ def images():
 
 @pytest.fixture(scope="module")
 def runs(scenario):
-    return {cls.name: fit(cls, scenario, tiny_model("convnext")) for cls in (Dynammo, ACL, Joint)}
+    configs = {"paper": DynammoConfig(preset="paper")}
+    return {name: fit(cls, scenario, tiny_model("convnext"), configs.get(name)) for name, cls in RUNS.items()}
 
 
 def test_methods_are_found_by_name():
     assert {name: METHODS[name] for name in METHODS} == {"dynammo": Dynammo, "acl": ACL, "joint": Joint}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RUNS)
 def test_methods_learn_coloured_classes(runs, name):
     metrics = runs[name].results.metrics()
     # Chance is 1 of 6 classes.
@@ -142,6 +149,7 @@ def test_methods_learn_coloured_classes(runs, name):
     ("name", "adapters"),
     [
         ("dynammo", ["merged", "task_000", "task_001", "task_002"]),
+        ("paper", ["merged", "task_000", "task_001", "task_002"]),
         ("acl", ["task_000", "task_001", "task_002"]),
         ("joint", ["joint_002"]),
     ],
@@ -149,14 +157,16 @@ def test_methods_learn_coloured_classes(runs, name):
 def test_adapters_and_their_classes(runs, scenario, name, adapters):
     config = runs[name].model.peft_config
     assert sorted(config) == adapters
-    assert runs[name].method.inference_adapters == (["merged"] if name == "dynammo" else adapters)
+    assert runs[name].method.inference_adapters == (["merged"] if "merged" in adapters else adapters)
     for adapter_name in adapters:
+        # Only DynaMMo as it is by default reads further layers.
+        assert bool(config[adapter_name].feature_modules) == (name == "dynammo")
         number = adapter_name.partition("task_")[2]
         classes = scenario.groups[int(number)] if number else scenario.class_names
         assert config[adapter_name].class_names == classes
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RUNS)
 def test_the_backbone_is_left_as_it_was(runs, name):
     assert changed(runs[name].first, backbone(runs[name].model)) == set()
 
@@ -167,7 +177,7 @@ def test_a_backbone_with_batch_norm_is_left_as_it_was():
     assert changed(run.first, backbone(run.model)) == set()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RUNS)
 def test_stage_1_trains_the_newest_adapter_only(runs, name):
     stages = [stage for stage in runs[name].stages if stage.name in ("adapter", "joint")]
     assert [stage.task for stage in stages] == [0, 1, 2]
@@ -177,12 +187,20 @@ def test_stage_1_trains_the_newest_adapter_only(runs, name):
         assert not stage.training
 
 
-@pytest.mark.parametrize("name", ["dynammo", "acl"])
+def test_stage_1_trains_heads_on_what_enters_the_classifier(runs):
+    heads = runs["dynammo"].model.head.dynammo_head
+    for name in ("task_000", "task_001", "task_002"):
+        assert heads[name].weight.shape == (3, 64 + 16 + 32 + 48)
+        assert not heads[name].weight[:, 64:].any()
+    assert heads["merged"].weight[:, 64:].any()
+
+
+@pytest.mark.parametrize("name", ["paper", "acl"])
 def test_stage_2_trains_all_heads_and_nothing_else(runs, name):
     stages = [stage for stage in runs[name].stages if stage.name == "heads"]
     assert [stage.task for stage in stages] == [1, 2]
     for stage in stages:
-        adapters = ["merged"] if name == "dynammo" else [f"task_{task:03d}" for task in range(stage.task + 1)]
+        adapters = ["merged"] if name == "paper" else [f"task_{task:03d}" for task in range(stage.task + 1)]
         heads = {f"dynammo_head.{adapter_name}.{part}" for adapter_name in adapters for part in ("weight", "bias")}
         found = changed(stage.before, stage.after)
         assert {".".join(key.split(".")[-3:]) for key in found} == heads
@@ -191,17 +209,19 @@ def test_stage_2_trains_all_heads_and_nothing_else(runs, name):
             assert (stage.before[key] != stage.after[key]).flatten(1 - stage.before[key].dim()).any(-1).all()
 
 
-@pytest.mark.parametrize("name", ["dynammo", "acl"])
+@pytest.mark.parametrize("name", ["dynammo", "paper", "acl"])
 def test_training_data_of_the_stages(runs, name):
     seen = [(stage.task, stage.name, torch.bincount(stage.labels).tolist()) for stage in runs[name].stages]
     # 8 images of each new class and the memory's share of old ones; then the memory: 24 images of all classes.
-    assert seen == [
+    expected = [
         (0, "adapter", [8, 8]),
         (1, "adapter", [8, 8, 8, 8]),
         (1, "heads", [6, 6, 6, 6]),
         (2, "adapter", [6, 6, 6, 6, 8, 8]),
         (2, "heads", [4, 4, 4, 4, 4, 4]),
     ]
+    # By default heads are fitted in closed form.
+    assert seen == [stage for stage in expected if name != "dynammo" or stage[1] != "heads"]
 
 
 def test_joint_training_sees_all_images_and_starts_anew(runs):
@@ -213,8 +233,9 @@ def test_joint_training_sees_all_images_and_starts_anew(runs):
     assert not any("joint_001" in key for key in stages[2].before)
 
 
-def test_merging_is_the_mean_of_the_adapters(runs):
-    model = runs["dynammo"].model
+@pytest.mark.parametrize("name", ["dynammo", "paper"])
+def test_merging_is_the_mean_of_the_adapters(runs, name):
+    model = runs[name].model
     tasks = [adapter(model, f"task_00{task}") for task in range(3)]
     merged = adapter(model, "merged")
     assert {key.split(".")[-1] for key in merged} >= {"weight", "bias", "running_mean", "running_var", "dynammo_alpha"}
@@ -233,8 +254,9 @@ def test_dynammo_scores_by_log_odds_in_one_pass(runs, scenario, images):
     raw = features_under(model, "merged", images) @ head["weight"].T + head["bias"]
     # Two classes and "others" in each of the three heads, in the order of arrival.
     expected = torch.stack([raw[:, 3 * task + place] - raw[:, 3 * task + 2] for task in range(3) for place in (0, 1)])
+    assert not raw[:, 2::3].any()
     with torch.no_grad():
-        torch.testing.assert_close(method.logits(images), expected.T)
+        torch.testing.assert_close(method.logits(images), expected.T, atol=1e-4, rtol=1e-4)
         assert torch.equal(method.logits(images), model(images).logits)
     assert [model.config.id2label[number] for number in range(6)] == scenario.class_names
 
@@ -248,6 +270,16 @@ def test_acl_scores_each_head_under_its_own_adapter(runs, images):
         expected.append(raw[:, :2] - raw[:, 2:])
     with torch.no_grad():
         torch.testing.assert_close(method.logits(images), torch.cat(expected, dim=1))
+
+
+def test_the_papers_dynammo_asks_the_head_with_the_least_others(runs, images):
+    method, model = runs["paper"].method, runs["paper"].model
+    head = state(model.head.dynammo_head["merged"])
+    raw = features_under(model, "merged", images) @ head["weight"].T + head["bias"]
+    chosen = torch.stack([logits.softmax(dim=1)[:, 2] for logits in raw.split(3, dim=1)]).argmin(dim=0).tolist()
+    expected = [2 * task + int(raw[row, 3 * task : 3 * task + 2].argmax()) for row, task in enumerate(chosen)]
+    with torch.no_grad():
+        assert method.logits(images).argmax(dim=1).tolist() == expected
 
 
 def test_min_others_asks_one_head_only(scenario):
@@ -273,18 +305,19 @@ def test_min_others_asks_one_head_only(scenario):
 
 def test_dynammo_costs_one_pass_and_acl_one_a_task(runs, images):
     passes = {}
-    for name in ("dynammo", "acl"):
+    for name in ("dynammo", "paper", "acl"):
         method, model = runs[name].method, runs[name].model
         model.set_adapter("task_000")
         single = forward_cost(model, lambda model=model: model(images)).flops
         model.set_adapter("task_000" if name == "acl" else "merged")
         passes[name] = forward_cost(model, lambda method=method: method.logits(images)).flops, single
-    # The merged head has six more rows over 64 features, for 5 images.
-    assert passes["dynammo"][0] == passes["dynammo"][1] + 2 * 5 * 64 * 6
+    # The merged head has six more rows over 64 features, for 5 images; further layers have 16, 32 and 48.
+    assert passes["paper"][0] == passes["paper"][1] + 2 * 5 * 64 * 6
+    assert passes["dynammo"][0] == passes["dynammo"][1] + 2 * 5 * (64 + 16 + 32 + 48) * 6
     assert passes["acl"][0] == 3 * passes["acl"][1]
 
 
-@pytest.mark.parametrize(("name", "adapter_name"), [("dynammo", "merged"), ("acl", "task_002")])
+@pytest.mark.parametrize(("name", "adapter_name"), [("dynammo", "merged"), ("paper", "merged"), ("acl", "task_002")])
 def test_the_memory_is_herded_on_the_features_of_the_heads(runs, scenario, name, adapter_name):
     method, task = runs[name].method, scenario[2]
     features = features_under(method.model, adapter_name, scenario.transform(task.train.images)).double()
@@ -294,7 +327,7 @@ def test_the_memory_is_herded_on_the_features_of_the_heads(runs, scenario, name,
         own = torch.nonzero(task.train.labels == label).flatten().tolist()
         mean, chosen = sum(features[place] for place in own) / len(own), []
         while len(chosen) < 4:
-            picked = sum((features[place] for place in chosen), torch.zeros(64))
+            picked = sum((features[place] for place in chosen), torch.zeros(features.shape[1]))
             rest = [place for place in own if place not in chosen]
             distances = [float((mean - (picked + features[place]) / (len(chosen) + 1)).norm()) for place in rest]
             chosen.append(rest[int(np.argmin(distances))])
@@ -320,17 +353,27 @@ def test_exemplars_are_others_in_stage_1(scenario, method_cls):
     assert torch.equal(met, logits.argmax(dim=1) == targets)
 
 
-@pytest.mark.parametrize("method_cls", [Dynammo, ACL])
-def test_every_head_says_others_to_foreign_classes_in_stage_2(scenario, method_cls):
+@pytest.mark.parametrize(
+    ("method_cls", "options"),
+    [
+        (Dynammo, {"heads": "exemplars", "feature_views": 1}),
+        (Dynammo, {"heads": "exemplars", "feature_views": 2}),
+        (ACL, {}),
+    ],
+)
+def test_every_head_says_others_to_foreign_classes_in_stage_2(scenario, method_cls, options):
     # Adapters that differ, so that it shows whose features a head gets.
-    method = begun(method_cls, scenario, adapter_init="random")
+    method = begun(method_cls, scenario, adapter_init="random", **options)
     learn_nothing(method, scenario[0])
     _, stage = method.learn(scenario[1])
     features, labels = stage.data.tensors
     balanced = scenario.transform(method.memory.images().images)
     adapters = ["merged"] if method_cls is Dynammo else ["task_000", "task_001"]
     expected = [features_under(method.model, name, balanced) for name in adapters]
-    torch.testing.assert_close(features, expected[0] if method_cls is Dynammo else torch.stack(expected, dim=1))
+    # The images themselves come first, then the same images augmented.
+    assert torch.equal(labels, method.memory.images().labels.repeat(options.get("feature_views", 1)))
+    own = features[: len(balanced)]
+    torch.testing.assert_close(own, expected[0] if method_cls is Dynammo else torch.stack(expected, dim=1))
     with torch.no_grad():
         logits = stage.network(features)
         loss, met = stage.observe(stage.network, features, labels)
@@ -340,8 +383,9 @@ def test_every_head_says_others_to_foreign_classes_in_stage_2(scenario, method_c
     assert torch.equal(met, (logits[:, :3].argmax(dim=1) == first) & (logits[:, 3:].argmax(dim=1) == second))
 
 
-def test_old_heads_of_dynammo_go_on_from_the_last_merge(scenario):
-    method = begun(Dynammo, scenario)
+@pytest.mark.parametrize("heads", ["exemplars", "gaussians"])
+def test_old_heads_of_dynammo_go_on_from_the_last_merge(scenario, heads):
+    method = begun(Dynammo, scenario, heads=heads)
     learn_nothing(method, scenario[0])
     *_, stage = method.learn(scenario[1])
     with torch.no_grad():
@@ -399,9 +443,14 @@ def test_features_come_in_the_order_of_the_images(scenario, batch_size):
     method = begun(Dynammo, scenario)
     learn_nothing(method, scenario[0])
     train = scenario[0].train
-    features = method.features(train, "merged", batch_size=batch_size)
+    features = method.features(train, "merged", views=3, batch_size=batch_size)
     assert features.dtype == torch.float32
-    torch.testing.assert_close(features, features_under(method.model, "merged", scenario.transform(train.images)))
+    assert features.shape == (3, 16, 64 + 16 + 32 + 48)
+    torch.testing.assert_close(features[0], features_under(method.model, "merged", scenario.transform(train.images)))
+    # Further views are other ones, and the same whenever they are asked for.
+    assert not torch.isclose(features[0], features[1]).all(dim=1).any()
+    assert not torch.isclose(features[1], features[2]).all(dim=1).any()
+    assert torch.equal(method.features(train, "merged", views=2, batch_size=batch_size), features[:2])
     # The head gives scores again.
     assert method.model(scenario.transform(train.images[:2])).logits.shape == (2, 2)
 
@@ -418,7 +467,7 @@ def test_adapters_are_made_for_the_images_of_the_scenario():
 def test_a_memory_smaller_than_the_classes_is_refused_before_training(scenario, method_cls):
     model = tiny_model("convnext")
     before = state(model)
-    method = method_cls(model, arguments(memory_size=5))
+    method = method_cls(model, arguments(method_cls, memory_size=5))
     with pytest.raises(ValueError, match=r"memory_size=5 .* 6 classes.* at least 6") as error:
         Learner(method, Accelerator(cpu=True), progress=False).fit(scenario)
     assert "\n" not in str(error.value)
@@ -429,6 +478,16 @@ def test_a_memory_smaller_than_the_classes_is_refused_before_training(scenario, 
 
 def test_joint_training_needs_no_memory(scenario):
     begun(Joint, scenario, memory_size=1)
+
+
+def test_acl_needs_a_memory():
+    with pytest.raises(ValueError, match="memory_size=0.*number of classes"):
+        ACL(tiny_model("convnext"), arguments(ACL, memory_size=0))
+
+
+def test_arguments_of_another_method_are_refused():
+    with pytest.raises(ValueError, match="Dynammo takes DynammoArguments, got AdapterMethodArguments"):
+        Dynammo(tiny_model("convnext"), arguments(ACL))
 
 
 @pytest.mark.parametrize("method_cls", [Dynammo, ACL, Joint])
@@ -450,7 +509,7 @@ def test_a_class_is_learned_once(scenario, method_cls):
         ("head_schedule", "linear", ["schedule", "cosine", "constant", "step"]),
         ("adapter_init", "last", ["adapter_init", "previous", "first", "random"]),
         ("selection", "newest", ["selection", "herding", "random", "closest_to_mean"]),
-        ("memory_size", 0, ["memory_size=0", "at least 1"]),
+        ("memory_size", -1, ["memory_size=-1", "negative"]),
         ("adapter_epochs", 0, ["epochs=0", "at least 1"]),
         ("head_batch_size", 0, ["batch_size=0", "at least 1"]),
     ],

@@ -113,6 +113,15 @@ def test_two_processes_print_and_save_once_and_average_their_statistics(tmp_path
     torch.testing.assert_close(merged[key], (parts[0][key] + parts[1][key]) / 2)
 
 
+def test_options_of_the_merge_and_the_heads(tmp_path):
+    path = small_run(tmp_path, heads="exemplars", feature_modules=["layers.2"], merge="ties")
+    method, _ = run([str(path), "--merge_options", '{"density": 0.5}'])
+    assert (method.heads, method.merging.options) == ("exemplars", {"density": 0.5})
+    assert method.model.peft_config["merged"].feature_modules == ["layers.2"]
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (report["options"]["merge"], report["options"]["merge_options"]) == ("ties", '{"density": 0.5}')
+
+
 @pytest.mark.parametrize("method", ["acl", "joint"])
 def test_other_methods_run_from_the_same_file(tmp_path, method):
     trained, results = run([str(small_run(tmp_path)), "--method", method])
@@ -124,10 +133,13 @@ def test_other_methods_run_from_the_same_file(tmp_path, method):
 def test_command_line_wins_over_the_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("memory_size: 30\nclasses_per_task: 3\nadapter_learning_rate: 0.5\n")
+    structured = ["--groups", '[["a", "b"], ["c"]]', "--config_overrides", '{"depths": [1]}']
+    modules = ["--feature_modules", "layers.1", "layers.3"]
     _, model_args, data_args, method_args = parse_arguments(
-        [str(path), "--memory_size", "7", "--groups", '[["a", "b"], ["c"]]', "--config_overrides", '{"depths": [1]}']
+        [str(path), "--memory_size", "7", "--heads", "ridge", *structured, *modules]
     )
-    assert (method_args.memory_size, method_args.adapter_learning_rate) == (7, 0.5)
+    assert (method_args.memory_size, method_args.adapter_learning_rate, method_args.heads) == (7, 0.5, "ridge")
+    assert model_args.feature_modules == ["layers.1", "layers.3"]
     assert (data_args.groups, data_args.classes_per_task) == ([["a", "b"], ["c"]], 3)
     assert model_args.config_overrides == {"depths": [1]}
 
@@ -154,6 +166,9 @@ def test_an_unknown_option_on_the_command_line_ends_in_one_line(tmp_path):
     [
         ({"memory_size": 3}, ["memory_size=3", "4 classes"]),
         ({"method": "magic"}, ["'magic'", "dynammo"]),
+        ({"method": "acl", "heads": "lda"}, ["'heads'", "'acl'"]),
+        ({"heads": "knn"}, ["heads='knn'", "'lda', 'ridge', 'gaussians', 'exemplars'"]),
+        ({"feature_modules": ["layers.9"]}, ["'layers.9'", "feature_modules"]),
         ({"label_column": "kind"}, ["'kind'", "'label'"]),
         ({"groups": "[['class 0'"}, ["--groups", "JSON"]),
         ({"preset": "paper", "target_modules": ["layers.0"], "image_size": 8}, ["too small", "padding=1"]),

@@ -1,7 +1,7 @@
 from .acl import ACL
 from .adapters import AdapterMethodArguments
 from .base import Method, MethodArguments, Optimization, Stage
-from .dynammo import Dynammo
+from .dynammo import Dynammo, DynammoArguments
 from .joint import Joint
 
 
@@ -12,6 +12,7 @@ __all__ = [
     "METHODS",
     "AdapterMethodArguments",
     "Dynammo",
+    "DynammoArguments",
     "Joint",
     "Method",
     "MethodArguments",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..data import Task
+from ..tuner import DynammoConfig
 from ..tuner.heads import score_heads
-from .adapters import TwoStageMethod
+from .adapters import AdapterMethodArguments, TwoStageMethod
 from .base import Stage
 
 
@@ -35,16 +38,32 @@ class ACL(TwoStageMethod):
         model (`PreTrainedModel`): The pretrained image classifier.
         arguments (`AdapterMethodArguments`): Options of the training.
         config (`Optional[DynammoConfig]`): The adapters' configuration; its `classes` are filled in.
+
+    Raises:
+        ValueError: If the memory keeps no exemplars.
     """
 
     name = "acl"
 
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: Optional[AdapterMethodArguments] = None,
+        config: Optional[DynammoConfig] = None,
+    ) -> None:
+        super().__init__(model, arguments, config)
+        if self.arguments.memory_size == 0:
+            raise ValueError(
+                "ACL trains its heads on exemplars and cannot do with memory_size=0; set memory_size to at least the "
+                "number of classes."
+            )
+
     def learn(self, task: Task) -> Iterator[Stage]:
         yield from self.train_adapter(task)
-        self.memory.update(task.train, self.features(task.train, self.adapters[-1]))
+        self.memory.update(task.train, self.features(task.train, self.adapters[-1])[0])
         if task.index > 0:
-            balanced = self.memory.images()
-            features = torch.stack([self.features(balanced, name) for name in self.adapters], dim=1)
+            balanced = self.memory.images_of(self.class_names)
+            features = torch.stack([self.features(balanced, name)[0] for name in self.adapters], dim=1)
             heads = SideBySide([self.model.head.dynammo_head[name] for name in self.adapters])
             yield from self.train_heads(heads, features, balanced.labels)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal, Optional
+from typing import ClassVar, Literal, Optional
 
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
@@ -27,7 +27,7 @@ AdapterInit = Literal["previous", "first", "random"]
 class AdapterMethodArguments(MethodArguments):
     """Options of the methods that train an adapter and a head for each task."""
 
-    memory_size: int = field(default=200, metadata={"help": "Exemplars kept of all classes together."})
+    memory_size: int = field(default=200, metadata={"help": "Exemplars kept of all classes together; 0: none."})
     selection: Selection = field(default="herding", metadata={"help": "How exemplars are chosen."})
     adapter_init: AdapterInit = field(
         default="previous", metadata={"help": "Whose copy a new task's adapter starts as, if not 'random'."}
@@ -74,6 +74,8 @@ class AdapterMethod(Method):
 
     arguments_cls = AdapterMethodArguments
     arguments: AdapterMethodArguments
+    # Whether heads read features of several layers unless the configuration says otherwise.
+    reads_layers: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -83,6 +85,8 @@ class AdapterMethod(Method):
     ) -> None:
         super().__init__(model, arguments)
         self.config = config if config is not None else DynammoConfig()
+        if self.config.feature_modules is None and not self.reads_layers:
+            self.config = replace(self.config, feature_modules=[])
         self.adapters: list[str] = []
         check_choice("adapter_init", self.arguments.adapter_init, AdapterInit)
         self.optimization = {stage: self.arguments.optimization(stage) for stage in ("adapter", "head")}
@@ -113,12 +117,17 @@ class AdapterMethod(Method):
         return list(self.adapters)
 
     @property
+    def class_names(self) -> list[str]:
+        """Names of all classes learned so far, in the order of their numbers."""
+        return [name for adapter in self.adapters for name in self.model.peft_config[adapter].class_names]
+
+    @property
     def head_sizes(self) -> tuple[int, ...]:
         """Number of classes of each adapter's head."""
         return tuple(len(self.model.peft_config[name].class_names) for name in self.adapters)
 
     def _check_new_classes(self, class_names: list[str]) -> None:
-        known = {known for name in self.adapters for known in self.model.peft_config[name].class_names}
+        known = set(self.class_names)
         for class_name in class_names:
             if class_name in known:
                 raise ValueError(f"Class {class_name!r} was learned already; a task brings new classes.")
@@ -148,20 +157,28 @@ class TwoStageMethod(AdapterMethod):
         super().begin(scenario, accelerator)
         self.memory.quota(scenario.num_classes)
 
+    @staticmethod
+    def adapter_name(task: Task) -> str:
+        """By convention `task_000` and so on."""
+        return f"task_{task.index:03d}"
+
     def train_adapter(self, task: Task) -> Iterator[Stage]:
         """Stage 1: the newest adapter and its head; every exemplar is one of the "others"."""
-        self.add_adapter(f"task_{task.index:03d}", task.class_names)
+        self.add_adapter(self.adapter_name(task), task.class_names)
         exemplars = self.memory.images()
         data = task.train if exemplars is None else LabelledImages.concatenate([task.train, exemplars])
-        sizes = (len(task.classes),)
 
         def observe(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            return heads_step(network(pixel_values=images).logits, labels, sizes, task.first_class)
+            return self.adapter_step(network, images, labels, task)
 
         self.model.set_backbone_requires_grad(self.arguments.train_backbone and task.index == 0)
-        with self.model.head_output("logits"):
+        with self.model.head_output("last_layer_logits"):
             yield Stage("adapter", self.model, data, observe, self.optimization["adapter"])
         self.model.set_backbone_requires_grad(False)
+
+    def adapter_step(self, network: nn.Module, images: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+        """Loss of stage 1 on a batch, and for which images the head said the right thing, `(B,)`."""
+        return heads_step(network(pixel_values=images).logits, labels, (len(task.classes),), task.first_class)
 
     def train_heads(self, heads: nn.Module, features: Tensor, labels: Tensor) -> Iterator[Stage]:
         """Stage 2: all heads on the features of a balanced set, which were computed once."""

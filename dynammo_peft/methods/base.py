@@ -103,6 +103,9 @@ class Method(ABC):
         model (`PreTrainedModel`): The pretrained image classifier.
         arguments (`MethodArguments`): The method's options.
 
+    Raises:
+        ValueError: If the options are those of another method.
+
     Attributes:
         model: The model as adapted so far.
         accelerator (`Accelerator`): Set by the learner.
@@ -115,6 +118,10 @@ class Method(ABC):
     def __init__(self, model: PreTrainedModel, arguments: Optional[MethodArguments] = None) -> None:
         self.model: PreTrainedModel | PeftModel = model
         self.arguments = arguments if arguments is not None else self.arguments_cls()
+        if type(self.arguments) is not self.arguments_cls:
+            raise ValueError(
+                f"{type(self).__name__} takes {self.arguments_cls.__name__}, got {type(self.arguments).__name__}."
+            )
         self.accelerator: Accelerator
         self.transform: BatchTransform
 
@@ -148,24 +155,32 @@ class Method(ABC):
         """
 
     @torch.no_grad()
-    def features(self, images: LabelledImages, adapter: str, batch_size: int = 64) -> Tensor:
-        """What enters the head under one adapter, on every process in the same order.
+    def features(self, images: LabelledImages, adapter: str, views: int = 1, batch_size: int = 64) -> Tensor:
+        """What enters the heads under one adapter, on every process in the same order.
 
         Args:
             images (`LabelledImages`): The images.
             adapter (`str`): Name of the adapter; it is active afterwards, and frozen.
+            views (`int`): The first view of each image is itself, further ones are augmented, the same at each call.
             batch_size (`int`): Images a process and step.
 
         Returns:
-            `Tensor`: `(N, C)`, `float32`, on the CPU.
+            `Tensor`: `(views, N, C)`, `float32`, on the CPU.
         """
         self.model.set_adapter(adapter, inference_mode=True)
         self.model.eval()
         loader = self.accelerator.prepare_data_loader(DataLoader(TensorDataset(images.images), batch_size=batch_size))
         self.model.to(self.accelerator.device)
-        parts = []
-        with self.model.head_output("features"), self.accelerator.autocast():
-            for (batch,) in loader:
-                features = self.model(pixel_values=self.transform(batch)).logits
-                parts.append(self.accelerator.gather_for_metrics(features.float()).cpu())
-        return torch.cat(parts)
+        generator = torch.Generator().manual_seed(self.arguments.seed)
+        all_views = []
+        for view in range(views):
+            parts = []
+            with self.model.head_output("features"), self.accelerator.autocast():
+                for (batch,) in loader:
+                    pixel_values = self.transform(batch, augment=view > 0, generator=generator)
+                    features = self.model(pixel_values=pixel_values).logits
+                    parts.append(self.accelerator.gather_for_metrics(features.float()).cpu())
+            all_views.append(torch.cat(parts))
+        # Accelerate would hold on to the loader, and so to the images.
+        self.accelerator._dataloaders.remove(loader)
+        return torch.stack(all_views)

@@ -1,41 +1,170 @@
-"""DynaMMo: dynamic model merging (Qazi et al. 2024, https://arxiv.org/abs/2404.14099)."""
+"""DynaMMo: dynamic model merging (Qazi et al. 2024, https://arxiv.org/abs/2404.14099), and what goes beyond it."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
 
-from ..data import Task
-from .adapters import TwoStageMethod
+from ..data import ClassIncrementalScenario, ClassStatistics, LabelledImages, Task, fit_affine_map
+from ..tuner import DynammoConfig
+from ..tuner.config import Preset, check_choice
+from ..tuner.heads import set_class_logits
+from ..tuner.modes import adapter_instead
+from .adapters import AdapterMethodArguments, TwoStageMethod, heads_step
+from .analytic import ANALYTIC_HEADS
 from .base import Stage
+from .merging import Merging, MergingArguments
 
 
 MERGED = "merged"
 
+Heads = Literal["lda", "ridge", "gaussians", "exemplars"]
+
+# What the configuration's preset fills in where the user has said nothing.
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "default": {"heads": "lda", "feature_views": 2},
+    "paper": {"heads": "exemplars", "feature_views": 1},
+}
+
+
+# The least value of options.
+LEAST = {
+    "feature_distillation": 0,
+    "feature_views": 1,
+    "drift_ridge": 0,
+    "samples_per_class": 1,
+    "weights_steps": 0,
+}
+
+
+@dataclass
+class DynammoArguments(MergingArguments, AdapterMethodArguments):
+    """Options of `Dynammo`: those of the training, of the merge, and of the heads."""
+
+    heads: Optional[Heads] = field(
+        default=None,
+        metadata={
+            "help": "From class statistics in closed form ('lda', the default, or 'ridge'), trained on samples of "
+            "them ('gaussians'), or trained on exemplars alone ('exemplars', the paper's)."
+        },
+    )
+    first_session: bool = field(
+        default=False, metadata={"help": "Train an adapter on the first task only; later tasks fit heads alone."}
+    )
+    feature_distillation: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the mean squared change of the merged model's features while an adapter is trained; it "
+            "takes a forward pass more a step."
+        },
+    )
+    feature_views: Optional[int] = field(
+        default=None, metadata={"help": "Views of each image for statistics and heads; all but one augmented."}
+    )
+    shrinkage: float = field(
+        default=0.1, metadata={"help": "Share by which 'lda' and 'ridge' shrink the covariance to its diagonal."}
+    )
+    drift_ridge: float = field(
+        default=1.0, metadata={"help": "How strongly the map that moves statistics is held to the identity."}
+    )
+    covariance_rank: Optional[int] = field(
+        default=None, metadata={"help": "Directions kept of each covariance, for wide features; exact if unset."}
+    )
+    samples_per_class: int = field(default=200, metadata={"help": "Features drawn of each class for 'gaussians'."})
+
 
 class Dynammo(TwoStageMethod):
     """
-    After each task all adapters are averaged into one, and all heads are trained on its features of the memory.
+    After each task all adapters are merged into one, and heads for all classes are fitted to its features.
 
-    Inference is one forward pass for any number of tasks.
+    Inference is one forward pass for any number of tasks. By default the heads are fitted in closed form to class
+    statistics: mean and covariance of features of several layers, moved into the new feature space at each merge. With
+    `DynammoConfig(preset="paper")` they are trained on the exemplars.
 
     Args:
         model (`PreTrainedModel`): The pretrained image classifier.
-        arguments (`AdapterMethodArguments`): Options of the training.
+        arguments (`DynammoArguments`): Options of the training, the merge and the heads.
         config (`Optional[DynammoConfig]`): The adapters' configuration; its `classes` are filled in.
+
+    Raises:
+        ValueError: If options do not go together.
     """
 
     name = "dynammo"
+    arguments_cls = DynammoArguments
+    arguments: DynammoArguments
+    reads_layers = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: Optional[DynammoArguments] = None,
+        config: Optional[DynammoConfig] = None,
+    ) -> None:
+        super().__init__(model, arguments, config)
+        preset = PRESETS[self.config.preset]
+        given = self.arguments
+        self.heads: Heads = given.heads if given.heads is not None else preset["heads"]
+        self.views: int = given.feature_views if given.feature_views is not None else preset["feature_views"]
+        check_choice("heads", self.heads, Heads)
+        self._check_numbers()
+        if self.heads == "exemplars" and (given.memory_size == 0 or given.first_session):
+            option = "first_session" if given.first_session else "memory_size=0"
+            raise ValueError(f"heads='exemplars' cannot do with {option}; choose heads='lda'.")
+        if self.heads in ANALYTIC_HEADS and self.config.scoring != "log_odds":
+            raise ValueError(f"heads={self.heads!r} needs scoring='log_odds', got {self.config.scoring!r}.")
+        self.merging = Merging(self)
+        if self.merging.learns and given.weights_objective == "statistics" and self.heads == "exemplars":
+            raise ValueError("weights_objective='statistics' needs class statistics, which heads='exemplars' has not.")
+        if self.merging.learns and given.weights_objective != "entropy" and given.memory_size == 0:
+            raise ValueError(
+                "Without exemplars merge weights would be learned on the newest classes alone; set memory_size, or "
+                "weights_objective='entropy'."
+            )
+        self.statistics: Optional[ClassStatistics] = None
+        if self.heads != "exemplars":
+            self.statistics = ClassStatistics(
+                "class" if self.heads == "gaussians" else "shared", given.covariance_rank
+            )
+
+    def _check_numbers(self) -> None:
+        """Refuses at once what would otherwise show after the first task only."""
+        given = {**vars(self.arguments), "feature_views": self.views}
+        for name, least in LEAST.items():
+            if given[name] < least:
+                raise ValueError(f"{name}={given[name]} must be at least {least}.")
+        if not 0 <= given["shrinkage"] <= 1:
+            raise ValueError(f"shrinkage={given['shrinkage']} must be at least 0 and at most 1.")
+
+    def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
+        super().begin(scenario, accelerator)
+        self._generator = torch.Generator().manual_seed(self.arguments.seed)
+        if self.statistics is not None:
+            self.statistics.names = dict(enumerate(scenario.class_names))
 
     def learn(self, task: Task) -> Iterator[Stage]:
-        yield from self.train_adapter(task)
-        heads = self._merge()
-        self.memory.update(task.train, self.features(task.train, MERGED))
-        if task.index > 0:
-            balanced = self.memory.images()
-            yield from self.train_heads(heads, self.features(balanced, MERGED), balanced.labels)
+        yield from self._new_adapter(task)
+        exemplars = self.memory.images()
+        shown = task.train if exemplars is None else LabelledImages.concatenate([task.train, exemplars])
+        moves = self.statistics is not None and task.index > 0 and not self.arguments.first_session
+        before = self.features(shown, MERGED, self.views) if moves else None
+        heads = self._merge(task, shown)
+        features = self.features(shown, MERGED, self.views)
+        if moves:
+            self._move_statistics(before, features)
+        if self.merging.learns and task.index > 0:
+            features = self._learn_weights(task, heads, shown, features)
+        features = features[:, : len(task.train)]
+        self.memory.update(task.train, features[0])
+        yield from self._fit_heads(task, heads, features)
         self.model.set_adapter(MERGED, inference_mode=True)
 
     @property
@@ -45,12 +174,86 @@ class Dynammo(TwoStageMethod):
     def logits(self, images: Tensor) -> Tensor:
         return self.model(pixel_values=images).logits
 
-    def _merge(self) -> nn.Linear:
-        """Averages the adapters; old heads go on from where they fitted the last merge, the new one from its task."""
-        before = self.model.head.dynammo_head[MERGED].state_dict() if MERGED in self.model.peft_config else {}
-        self.model.add_weighted_adapter(self.adapters, adapter_name=MERGED)
+    def adapter_step(self, network: nn.Module, images: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+        """As in the paper, or with features held near those that the class statistics belong to."""
+        weight = self.arguments.feature_distillation
+        if not weight or task.index == 0:
+            return super().adapter_step(network, images, labels, task)
+        with self.model.head_output("last_layer_logits+features"):
+            output = network(pixel_values=images).logits
+        width = len(task.classes) + 1
+        loss, met = heads_step(output[:, :width], labels, (len(task.classes),), task.first_class)
+        with torch.no_grad(), self.model.head_output("features"), adapter_instead(self.model, MERGED):
+            known = self.model(pixel_values=images).logits
+        return loss + weight * F.mse_loss(output[:, width:].float(), known.float()), met
+
+    def _new_adapter(self, task: Task) -> Iterator[Stage]:
+        """Trains the task's adapter, or makes it one more copy of the first."""
+        if task.index > 0 and self.arguments.first_session:
+            self.add_adapter(self.adapter_name(task), task.class_names)
+            self.model.copy_adapter(self.adapters[0], self.adapters[-1])
+        else:
+            yield from self.train_adapter(task)
+            self.merging.after_training(task)
+
+    def _merge(self, task: Task, shown: LabelledImages) -> nn.Linear:
+        """Merges the adapters; old heads go on from where they fitted the last merge, the new one from its task."""
+        before = self.model.head.dynammo_head[MERGED].state_dict() if task.index > 0 else {}
+        self.merging.merge(self.adapters, MERGED, shown)
         heads = self.model.head.dynammo_head[MERGED]
         with torch.no_grad():
             for name, value in before.items():
                 heads.get_parameter(name)[: len(value)] = value
         return heads
+
+    def _move_statistics(self, before: Tensor, after: Tensor) -> None:
+        """Moves the class statistics along with the features of the images at hand."""
+        self.statistics.move(fit_affine_map(before.flatten(0, 1), after.flatten(0, 1), self.arguments.drift_ridge))
+
+    def _fit_heads(self, task: Task, heads: nn.Linear, features: Tensor) -> Iterator[Stage]:
+        """Heads for all classes seen.
+
+        Args:
+            task (`Task`): The task.
+            heads (`nn.Linear`): The merged adapter's.
+            features (`Tensor`): Of the task's training images under the merged adapter, `(V, N, C)`.
+        """
+        labels = task.train.labels.repeat(len(features))
+        if self.statistics is not None:
+            self.statistics.update(features.flatten(0, 1), labels)
+        if self.heads in ANALYTIC_HEADS:
+            self._solve_heads(heads, self.statistics)
+        elif task.index > 0 and self.heads == "gaussians":
+            yield from self.train_heads(heads, *self._samples(task, features.flatten(0, 1), labels))
+        elif task.index > 0:
+            balanced = self.memory.images_of(self.class_names)
+            features = self.features(balanced, MERGED, self.views)
+            yield from self.train_heads(heads, features.flatten(0, 1), balanced.labels.repeat(self.views))
+
+    def _solve_heads(self, heads: nn.Linear, statistics: ClassStatistics) -> None:
+        weight, bias = ANALYTIC_HEADS[self.heads](statistics, self.arguments.shrinkage)
+        set_class_logits(heads, self.head_sizes, weight, bias)
+
+    def _learn_weights(self, task: Task, heads: nn.Linear, shown: LabelledImages, features: Tensor) -> Tensor:
+        """Learns merge weights in place of equal ones; `features` are those before, the return value those after."""
+        statistics = copy.deepcopy(self.statistics)
+        if statistics is not None:
+            new = features[:, : len(task.train)]
+            statistics.update(new.flatten(0, 1), task.train.labels.repeat(len(new)))
+        if self.heads in ANALYTIC_HEADS:
+            self._solve_heads(heads, statistics)
+        self.merging.learn_weights(self.adapters, MERGED, shown, statistics)
+        learned = self.features(shown, MERGED, self.views)
+        if self.statistics is not None:
+            self._move_statistics(features, learned)
+        return learned
+
+    def _samples(self, task: Task, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As many features of each class: of old classes drawn from their Gaussians, of new ones from their images."""
+        count, classes = self.arguments.samples_per_class, self.statistics.classes
+        old = [label for label in classes if label < task.first_class]
+        parts = list(self.statistics.sample(old, count, generator=self._generator))
+        for label in task.classes:
+            own = features[labels == label]
+            parts.append(own[torch.randint(len(own), (count,), generator=self._generator)])
+        return torch.cat(parts), torch.tensor([*old, *task.classes]).repeat_interleave(count)

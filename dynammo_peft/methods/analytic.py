@@ -1,0 +1,64 @@
+"""Classifiers in closed form, from class statistics alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..data import ClassStatistics
+
+
+def regularised(covariance: Tensor, shrinkage: float) -> Tensor:
+    """A covariance shrunk towards its diagonal: features differ too much in scale for a multiple of the identity.
+
+    Args:
+        covariance (`Tensor`): `(C, C)`.
+        shrinkage (`float`): Share of the diagonal, from 0 to 1.
+
+    Raises:
+        ValueError: If `shrinkage` is no share.
+    """
+    if not 0 <= shrinkage <= 1:
+        raise ValueError(f"shrinkage={shrinkage} must be at least 0 and at most 1.")
+    diagonal = covariance.diagonal()
+    # A feature that never varies would make the matrix singular.
+    floor = 1e-6 * diagonal.mean() + torch.finfo(covariance.dtype).tiny
+    return (1 - shrinkage) * covariance + torch.diag(shrinkage * diagonal + floor)
+
+
+def linear_discriminant(statistics: ClassStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """Linear discriminant analysis: the logits of Gaussian classes that share a covariance and are equally frequent.
+
+    Args:
+        statistics (`ClassStatistics`): Of all classes.
+        shrinkage (`float`): Of the covariance, towards its diagonal.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: Weight `(N, C)` and bias `(N,)`, the classes in the order of their numbers.
+    """
+    means = statistics.mean_matrix()
+    # Only differences between classes matter; without their common part the numbers stay small.
+    centre = means.mean(dim=0)
+    weight = torch.linalg.solve(regularised(statistics.pooled_covariance(), shrinkage), (means - centre).T).T
+    return weight, -(weight * (means + centre)).sum(dim=1) / 2
+
+
+def ridge_regression(statistics: ClassStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """Ridge regression of the classes' indicators on the features, all classes counting the same.
+
+    Args:
+        statistics (`ClassStatistics`): Of all classes.
+        shrinkage (`float`): Of the total covariance, towards its diagonal.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: Weight `(N, C)` and bias `(N,)`, the classes in the order of their numbers.
+    """
+    means = statistics.mean_matrix()
+    centre = means.mean(dim=0)
+    between = (means - centre).T @ (means - centre) / len(means)
+    total = regularised(statistics.pooled_covariance() + between, shrinkage)
+    weight = torch.linalg.solve(total, (means - centre).T / len(means)).T
+    return weight, 1 / len(means) - weight @ centre
+
+
+ANALYTIC_HEADS = {"lda": linear_discriminant, "ridge": ridge_regression}

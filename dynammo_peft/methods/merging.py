@@ -1,0 +1,192 @@
+"""How `Dynammo` merges: which merge function, what is measured for it, and learned merge weights."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+
+from ..data import ClassStatistics, LabelledImages, Task
+from ..merging import adapter_tensors, diagonal_fisher, gaussian_likelihood, learn_merge_weights
+from ..merging.recalibration import recalibrate
+from ..merging.registry import COMBINATIONS
+from ..tuner.config import check_choice
+from .adapters import AdapterMethod
+from .analytic import regularised
+
+
+Granularity = Literal["none", "task", "layer", "channel"]
+Objective = Literal["statistics", "labels", "entropy"]
+
+
+@dataclass
+class MergingArguments:
+    """Options of the merge."""
+
+    merge: str = field(default="linear", metadata={"help": "Merge function, as 'linear', 'ties' or 'fisher'."})
+    merge_options: Optional[str] = field(
+        default=None, metadata={"help": "Options of the merge function: a mapping, as JSON, as '{\"density\": 0.5}'."}
+    )
+    learned_weights: Granularity = field(
+        default="none", metadata={"help": "What gets merge weights learned by gradient: 'task', 'layer', 'channel'."}
+    )
+    weights_objective: Objective = field(
+        default="statistics",
+        metadata={
+            "help": "On what merge weights are learned: likelihood under class 'statistics', 'labels' by the heads, "
+            "or 'entropy' of the predictions, without labels."
+        },
+    )
+    weights_steps: int = field(default=30, metadata={"help": "Steps in which merge weights are learned."})
+    weights_learning_rate: float = field(default=0.03, metadata={"help": "Learning rate of merge weights."})
+    weights_simplex: bool = field(
+        default=False, metadata={"help": "Keep learned merge weights positive and their sum at one."}
+    )
+    recalibrate: bool = field(
+        default=False, metadata={"help": "Measure the merged adapter's BatchNorm statistics instead of averaging."}
+    )
+
+
+class Merging:
+    """
+    Merges the adapters of a method as its arguments say.
+
+    Args:
+        method (`AdapterMethod`): The method, whose arguments are `MergingArguments` too.
+
+    Raises:
+        ValueError: If an option does not exist or does not go with the others.
+    """
+
+    def __init__(self, method: AdapterMethod) -> None:
+        self.method = method
+        self.arguments = method.arguments
+        self.options = _options(self.arguments.merge_options)
+        check_choice("merge", self.arguments.merge, COMBINATIONS)
+        function = COMBINATIONS[self.arguments.merge]
+        known = inspect.signature(function.function).parameters
+        # What is measured, and what training started from, is filled in at each merge.
+        self.measures_fisher, self.takes_base = "fisher" in known, "base" in known
+        function.check_options({**self.options, **({"fisher": ()} if self.measures_fisher else {})})
+        check_choice("learned_weights", self.arguments.learned_weights, Granularity)
+        check_choice("weights_objective", self.arguments.weights_objective, Objective)
+        if self.learns and self.arguments.merge != "linear":
+            raise ValueError(f"learned_weights are those of merge='linear', got merge={self.arguments.merge!r}.")
+        self._fisher: list[Any] = []
+
+    @property
+    def learns(self) -> bool:
+        """Whether merge weights are learned."""
+        return self.arguments.learned_weights != "none"
+
+    def after_training(self, task: Task) -> None:
+        """Measures on a task's own images what the merge function needs of its adapter."""
+        if not self.measures_fisher:
+            return
+        model = self.method.model
+        with model.head_output("scores"):
+            self._fisher.append(
+                diagonal_fisher(
+                    model,
+                    self.method.adapters[-1],
+                    self._batches(task.train, balanced=False),
+                    lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels - task.first_class),
+                )
+            )
+
+    def merge(self, adapters: list[str], merged: str, shown: LabelledImages) -> None:
+        """Merges adapters into one; `shown` are images for the statistics of BatchNorm."""
+        options = dict(self.options)
+        if self.measures_fisher:
+            options["fisher"] = self._fisher
+        if self.takes_base:
+            # Each adapter started as a copy of an earlier one: what training changed is the difference to the first.
+            first = adapter_tensors(self.method.model, adapters[0])
+            options["base"] = {key: tensor.detach().clone() for key, tensor in first.items()}
+        self.method.model.add_weighted_adapter(
+            adapters, adapter_name=merged, combination_type=self.arguments.merge, **options
+        )
+        self._recalibrate(merged, shown)
+
+    def learn_weights(
+        self, adapters: list[str], merged: str, shown: LabelledImages, statistics: Optional[ClassStatistics]
+    ) -> None:
+        """Learns merge weights on images, all classes counting the same.
+
+        Args:
+            adapters (`list[str]`): Names of the adapters.
+            merged (`str`): Name of the adapter merged with equal weights, whose heads know all classes.
+            shown (`LabelledImages`): The images.
+            statistics (`Optional[ClassStatistics]`): Of all classes, in the feature space of `merged`.
+        """
+        model, arguments = self.method.model, self.arguments
+        settings: dict[str, Any] = {"objective": arguments.weights_objective}
+        output = "scores"
+        if arguments.weights_objective == "statistics":
+            covariance = regularised(statistics.pooled_covariance(), arguments.shrinkage)
+            settings["objective"] = gaussian_likelihood(statistics.mean_matrix(), covariance)
+            output = "features"
+        with model.head_output(output):
+            learn_merge_weights(
+                model,
+                adapters,
+                self._batches(shown, balanced=True),
+                merged,
+                arguments.learned_weights,
+                arguments.weights_simplex,
+                steps=arguments.weights_steps,
+                learning_rate=arguments.weights_learning_rate,
+                seed=arguments.seed,
+                progress=False,
+                **settings,
+            )
+        self._recalibrate(merged, shown)
+
+    def _recalibrate(self, merged: str, shown: LabelledImages) -> None:
+        if self.arguments.recalibrate:
+            recalibrate(self.method.model, merged, self._batches(shown, balanced=False))
+
+    def _batches(self, images: LabelledImages, balanced: bool) -> _Batches:
+        return _Batches(self.method, images, balanced)
+
+
+def _options(given: Union[str, Mapping[str, Any], None]) -> dict[str, Any]:
+    """Options of a merge function: as they are from YAML, as JSON from the command line."""
+    try:
+        options = json.loads(given) if isinstance(given, str) else given or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"merge_options={given!r} is no JSON ({error}); write it as in '{{\"density\": 0.5}}'."
+        ) from error
+    if not isinstance(options, Mapping):
+        raise ValueError(f"merge_options={given!r} is no mapping; write it as in '{{\"density\": 0.5}}'.")
+    return dict(options)
+
+
+class _Batches:
+    """Batches of normalised images and labels, the same on every process; again and again."""
+
+    def __init__(self, method: AdapterMethod, images: LabelledImages, balanced: bool) -> None:
+        self.method = method
+        sampler = None
+        if balanced:
+            counts = torch.bincount(images.labels)
+            generator = torch.Generator().manual_seed(method.arguments.seed)
+            sampler = WeightedRandomSampler(1 / counts[images.labels], len(images), generator=generator)
+        data = TensorDataset(images.images, images.labels)
+        self.loader = DataLoader(data, batch_size=method.arguments.adapter_batch_size, sampler=sampler)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.method.accelerator.device
+        self.method.model.to(device)
+        for images, labels in self.loader:
+            yield self.method.transform(images.to(device)), labels.to(device)

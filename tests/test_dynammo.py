@@ -1,0 +1,649 @@
+"""DynaMMo beyond the paper: heads from class statistics, options of the merge, and what is refused."""
+
+import copy
+import gc
+import json
+import types
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from tiny import tiny_dataset, tiny_images, tiny_model, tiny_processor
+
+from dynammo_peft import ClassIncrementalScenario, Dynammo, DynammoArguments, DynammoConfig, Learner
+from dynammo_peft.data import LabelledImages
+from dynammo_peft.merging import (
+    MergeWeights,
+    adapter_slots,
+    adapter_tensors,
+    combine,
+    diagonal_fisher,
+)
+from dynammo_peft.merging.registry import COMBINATIONS
+from dynammo_peft.methods.adapters import TwoStageMethod
+
+
+def arguments(**changes):
+    options = {
+        "memory_size": 24,
+        "adapter_epochs": 3,
+        "adapter_batch_size": 8,
+        "adapter_learning_rate": 1e-2,
+        "head_epochs": 10,
+        "head_batch_size": 8,
+        "head_learning_rate": 3e-2,
+        "samples_per_class": 20,
+    }
+    return DynammoArguments(**options | changes)
+
+
+def coloured_tasks(classes=6, per_class=8):
+    train, test = tiny_dataset(classes, per_class), tiny_dataset(classes, 4, seed=1)
+    return ClassIncrementalScenario(train, test, tiny_processor(32), classes_per_task=2, progress=False)
+
+
+@pytest.fixture(scope="module")
+def scenario():
+    return coloured_tasks()
+
+
+@pytest.fixture(scope="module")
+def hard_scenario():
+    """Images that tell nothing of their classes: no loss on them vanishes."""
+    parts = [tiny_dataset(1, 48, seed=seed).remove_columns("label") for seed in (0, 1)]
+    label = datasets.ClassLabel(names=[f"class {label}" for label in range(6)])
+    train, test = (
+        part.add_column("label", [row % 6 for row in range(48)]).cast_column("label", label) for part in parts
+    )
+    return ClassIncrementalScenario(train, test, tiny_processor(32), classes_per_task=2, progress=False)
+
+
+def strong(**options):
+    """Adapters that do so much that it matters how they are merged."""
+    return DynammoConfig(**{"init_alpha": 1.0, "reduction_factor": 4} | options)
+
+
+def begun(scenario, config=None, **options):
+    """A method that is about to learn its first task."""
+    method = Dynammo(tiny_model("vit"), arguments(**options), config)
+    method.begin(scenario, Accelerator(cpu=True))
+    return method
+
+
+def learn_nothing(method, task):
+    """Goes through a task without any training; returns the stages."""
+    return list(method.learn(task))
+
+
+def fit(scenario, config=None, **options):
+    """A method that has learned all tasks, and its results."""
+    method = Dynammo(tiny_model("vit"), arguments(**options), config)
+    return method, Learner(method, Accelerator(cpu=True), progress=False).fit(scenario)
+
+
+def together(*parts):
+    return LabelledImages.concatenate([part for part in parts if part is not None])
+
+
+@torch.no_grad()
+def features_under(model, name, images):
+    """What the heads read under an adapter, for normalised images."""
+    model.set_adapter(name, inference_mode=True)
+    model.eval()
+    with model.head_output("features"):
+        return model(pixel_values=images).logits
+
+
+def tensors_of(model, name):
+    """Copies of an adapter's tensors, heads left out."""
+    return {key: tensor.detach().clone() for key, tensor in adapter_tensors(model, name).items()}
+
+
+def assert_same(found, expected, **tolerances):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, **tolerances)
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("heads", "memory_size"), [(None, 24), ("lda", 0), ("ridge", 0), ("gaussians", 0)])
+def test_coloured_classes_are_learned(scenario, heads, memory_size):
+    method, results = fit(scenario, heads=heads, memory_size=memory_size)
+    assert method.heads == ("lda" if heads is None else heads)
+    # Chance is 1 of 6 classes.
+    assert results.metrics()["last_accuracy"] >= 0.8
+    assert len(method.memory) == memory_size
+    # Every image once as it is and once augmented.
+    assert method.statistics.counts == dict.fromkeys(range(6), 2 * 8)
+    assert [method.statistics.names[label] for label in range(6)] == scenario.class_names
+    assert method.model.active_adapters == method.inference_adapters == ["merged"]
+    assert not any(parameter.requires_grad for parameter in method.model.parameters())
+
+
+def uint8_images(root):
+    """All batches of images that can be reached from an object, but for those that its classes and modules hold."""
+    leave = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.CodeType)
+    seen, stack, found = set(), [root], []
+    while stack:
+        current = stack.pop()
+        if id(current) in seen or isinstance(current, leave):
+            continue
+        seen.add(id(current))
+        if isinstance(current, torch.Tensor) and current.dtype == torch.uint8 and current.dim() >= 3:
+            found.append(current)
+        stack += gc.get_referents(current)
+    return found
+
+
+@pytest.mark.parametrize("heads", ["lda", "ridge", "gaussians"])
+def test_without_memory_no_image_is_kept(scenario, heads):
+    # Everything that looks at images of a task is switched on.
+    options = {"memory_size": 0, "heads": heads, "learned_weights": "layer", "weights_steps": 1, "recalibrate": True}
+    method = begun(scenario, **options, weights_objective="entropy")
+    for task in scenario:
+        stages = learn_nothing(method, task)
+        labels = {label for stage in stages if stage.name == "adapter" for label in stage.data.labels.tolist()}
+        assert labels == set(task.classes)
+        del stages
+        assert uint8_images(method) == []
+        assert method.memory.images() is None
+
+
+def test_with_memory_its_images_are_found(scenario):
+    method = begun(scenario, memory_size=6)
+    learn_nothing(method, scenario[0])
+    # The test above sees what is there: two classes of three images each.
+    assert sum(len(images) for images in uint8_images(method)) == 6
+
+
+class DiagonalShrinkage:
+    """A covariance for scikit-learn, shrunk towards its diagonal."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def get_params(self, deep=True):
+        return {"share": self.share}
+
+    def fit(self, rows):
+        covariance = np.cov(rows.T, bias=True)
+        variances = np.diag(covariance)
+        self.covariance_ = (1 - self.share) * covariance + np.diag(self.share * variances + 1e-6 * variances.mean())
+        return self
+
+
+def test_with_one_adapter_the_heads_are_those_fitted_to_all_images_at_once():
+    scenario = coloured_tasks(classes=8)
+    options = {"first_session": True, "feature_views": 1, "shrinkage": 0.3, "memory_size": 0}
+    method, _ = fit(scenario, strong(), **options)
+    train = together(*(task.train for task in scenario))
+    test = together(*(task.test for task in scenario))
+    known = features_under(method.model, "merged", scenario.transform(train.images)).double().numpy()
+    asked = features_under(method.model, "merged", scenario.transform(test.images)).double().numpy()
+    reference = LinearDiscriminantAnalysis(
+        solver="lsqr", priors=[1 / 8] * 8, covariance_estimator=DiagonalShrinkage(0.3)
+    )
+    reference.fit(known, train.labels.numpy())
+    with torch.no_grad():
+        logits = method.logits(scenario.transform(test.images)).double()
+    # Log-odds of classes: what all logits have in common does not matter.
+    expected = torch.from_numpy(reference.decision_function(asked))
+    found, expected = (values - values.mean(dim=1, keepdim=True) for values in (logits, expected))
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+    assert torch.equal(found.argmax(dim=1), expected.argmax(dim=1))
+    assert (found.argmax(dim=1) == test.labels).double().mean() >= 0.8
+
+
+def test_after_the_first_session_only_heads_are_fitted(scenario):
+    method = begun(scenario, strong(), first_session=True, adapter_init="random")
+    assert [stage.name for stage in learn_nothing(method, scenario[0])] == ["adapter"]
+    first, means = tensors_of(method.model, "merged"), dict(method.statistics.means)
+    for number in (1, 2):
+        assert learn_nothing(method, scenario[number]) == []
+    for name in ("task_001", "task_002", "merged"):
+        found = {key: value for key, value in tensors_of(method.model, name).items() if "num_batches" not in key}
+        assert_same(found, {key: first[key] for key in found}, rtol=1e-6, atol=1e-7)
+    # Old statistics are as they were, to the last bit.
+    assert all(torch.equal(method.statistics.means[label], mean) for label, mean in means.items())
+
+
+@pytest.mark.parametrize("heads", ["lda", "gaussians"])
+@pytest.mark.parametrize("memory_size", [0, 12])
+def test_statistics_follow_the_merge_by_the_fitted_map(scenario, heads, memory_size):
+    options = {"feature_views": 1, "drift_ridge": 0.5, "samples_per_class": 2, "adapter_init": "random"}
+    method = begun(scenario, strong(feature_modules=["layers.1"]), heads=heads, memory_size=memory_size, **options)
+    learn_nothing(method, scenario[0])
+    old_model, old = copy.deepcopy(method.model), copy.deepcopy(method.statistics)
+    task = scenario[1]
+    shown = together(task.train, method.memory.images())
+    learn_nothing(method, task)
+    pixels = scenario.transform(shown.images)
+    before = features_under(old_model, "merged", pixels).double()
+    after = features_under(method.model, "merged", pixels).double()
+    assert (before - after).abs().max() > 0.1
+
+    # Ridge regression to the identity, as an ordinary one with rows that ask for the identity.
+    centred, target = before - before.mean(dim=0), after - after.mean(dim=0)
+    strength = 0.5 * centred.square().sum() / centred.shape[1]
+    identity = torch.eye(centred.shape[1], dtype=torch.float64)
+    rows = torch.cat([centred, strength.sqrt() * identity])
+    weight = torch.linalg.lstsq(rows, torch.cat([target, strength.sqrt() * identity])).solution
+    errors = target - centred @ weight
+    residual = errors.T @ errors / len(errors)
+
+    for label in scenario[0].classes:
+        mean = (old.means[label] - before.mean(dim=0)) @ weight + after.mean(dim=0)
+        torch.testing.assert_close(method.statistics.means[label], mean, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(method.statistics.means[label], old.means[label], atol=1e-2)
+    new = {label: after[: len(task.train)][task.train.labels == label] for label in task.classes}
+    for label, own in new.items():
+        torch.testing.assert_close(method.statistics.means[label], own.mean(dim=0), rtol=1e-5, atol=1e-5)
+    spreads = {label: (own - own.mean(dim=0)).T @ (own - own.mean(dim=0)) for label, own in new.items()}
+    if heads == "lda":
+        # 16 old images and 16 new ones.
+        moved = weight.T @ (16 * old.pooled_covariance()) @ weight + 16 * residual
+        expected = (moved + sum(spreads.values())) / 32
+        torch.testing.assert_close(method.statistics.pooled_covariance(), expected, rtol=1e-4, atol=1e-5)
+    else:
+        none = torch.zeros_like(identity)
+        for label in scenario[0].classes:
+            expected = weight.T @ old.class_covariance(label, none, 0.0) @ weight + residual
+            found = method.statistics.class_covariance(label, none, 0.0)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        for label, spread in spreads.items():
+            found = method.statistics.class_covariance(label, none, 0.0)
+            torch.testing.assert_close(found, spread / 8, rtol=1e-4, atol=1e-5)
+
+
+def test_gaussians_train_heads_on_equally_many_features_of_each_class(scenario):
+    method = begun(scenario, heads="gaussians", samples_per_class=300, feature_views=1, memory_size=0)
+    assert [stage.name for stage in learn_nothing(method, scenario[0])] == ["adapter"]
+    adapter_stage, stage = learn_nothing(method, scenario[1])
+    assert (adapter_stage.name, stage.name) == ("adapter", "heads")
+    features, labels = stage.data.tensors
+    assert torch.bincount(labels).tolist() == [300] * 4
+    # Of new classes they are those of images, of old ones they are drawn around the mean.
+    real = features_under(method.model, "merged", scenario.transform(scenario[1].train.images))
+    distance = (features[:, None] - real).norm(dim=2).min(dim=1).values
+    assert distance[labels >= 2].max() < 1e-3 < distance[labels < 2].min()
+    for label in (0, 1):
+        spread = method.statistics.class_covariance(label, method.statistics.pooled_covariance()).diagonal().sqrt()
+        shift = (features[labels == label].double().mean(dim=0) - method.statistics.means[label]).abs()
+        # Five standard errors.
+        assert (shift <= 5 * spread / 300**0.5 + 1e-6).all()
+
+
+def test_low_rank_covariances_take_less_room(scenario):
+    method, results = fit(scenario, heads="gaussians", covariance_rank=4, memory_size=0)
+    scatters = list(method.statistics._scatters.values())
+    assert {len(scatter.factor) for scatter in scatters} == {4}
+    assert results.metrics()["last_accuracy"] >= 0.8
+
+
+MERGES = {
+    "linear": {},
+    "uniform": {},
+    "ties": {"density": 0.5},
+    "dare_linear": {"density": 0.5},
+    "dare_ties": {"density": 0.5, "seed": 3},
+    "magnitude_prune": {"density": 0.5},
+    "exponential_moving_average": {"decay": 0.75},
+    "fisher": {},
+}
+
+
+def test_all_merge_functions_that_need_nothing_else_are_tried():
+    # `running_mean` needs a count that changes with each task, `regmean` has linear layers in mind.
+    assert set(COMBINATIONS) - set(MERGES) == {"running_mean", "regmean"}
+
+
+def own_fisher(method, scenario, number):
+    """The Fisher information of a task's adapter by its own head, whose classes start at zero, image by image."""
+    task, name = scenario[number], f"task_00{number}"
+    batches = [
+        (scenario.transform(task.train.images[[row]]), task.train.labels[[row]] - task.first_class)
+        for row in range(len(task.train))
+    ]
+    return diagonal_fisher(method.model, name, batches, vectorized=False)
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_the_merge_function_is_the_one_asked_for(scenario, merge):
+    options = MERGES[merge]
+    text = json.dumps(options) if options else None
+    method = begun(scenario, strong(), adapter_init="random", merge=merge, merge_options=text, memory_size=0)
+    for task in scenario:
+        learn_nothing(method, task)
+    names = ["task_000", "task_001", "task_002"]
+    tensors = [tensors_of(method.model, name) for name in names]
+    merged = tensors_of(method.model, "merged")
+    function = COMBINATIONS[merge]
+    options = dict(options)
+    if merge == "fisher":
+        options["fisher"] = [own_fisher(method, scenario, number) for number in range(3)]
+    elif "density" in options:
+        # Differences from the first adapter, from which the others came.
+        options["base"] = tensors[0]
+    slots = adapter_slots(method.model, "task_000")
+    expected = combine(slots, tensors, function.check_weights(None, 3), function, options)
+    assert_same(merged, expected, rtol=1e-4, atol=1e-5)
+    shares = {"linear": [1 / 3] * 3, "uniform": [1 / 3] * 3, "exponential_moving_average": [0.5625, 0.1875, 0.25]}
+    for key, value in merged.items():
+        if value.is_floating_point() and merge in shares:
+            by_hand = sum(share * own[key] for share, own in zip(shares[merge], tensors))
+            torch.testing.assert_close(value, by_hand, rtol=1e-4, atol=1e-5)
+    mean = sum(own["vit.layers.0.dynammo_down.weight"] for own in tensors) / 3
+    found = merged["vit.layers.0.dynammo_down.weight"]
+    assert torch.allclose(found, mean, atol=1e-5) == (merge in ("linear", "uniform"))
+
+
+@pytest.mark.parametrize("given", ['{"density": 0.5}', {"density": 0.5}])
+def test_options_of_a_merge_are_json_or_a_mapping(given):
+    assert Dynammo(tiny_model("vit"), arguments(merge="ties", merge_options=given)).merging.options == {"density": 0.5}
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_every_merge_function_learns(merge):
+    _, results = fit(coloured_tasks(classes=4), merge=merge, merge_options=MERGES[merge], memory_size=8)
+    assert results.metrics()["last_accuracy"] >= 0.7
+
+
+@pytest.mark.parametrize("objective", ["statistics", "labels", "entropy"])
+@pytest.mark.parametrize("granularity", ["task", "layer", "channel"])
+def test_merge_weights_are_learned(hard_scenario, granularity, objective, tmp_path):
+    options = {"learned_weights": granularity, "weights_objective": objective, "weights_steps": 3, "shrinkage": 1.0}
+    options |= {"adapter_init": "random", "feature_views": 1, "drift_ridge": 1e-8}
+    method = begun(hard_scenario, strong(feature_modules=["layers.1"]), **options)
+    for number in (0, 1):
+        learn_nothing(method, hard_scenario[number])
+    model, names = method.model, ["task_000", "task_001"]
+    kept = model.peft_config["merged"].merge_weights
+    assert (kept["granularity"], kept["simplex"], list(kept["adapters"])) == (granularity, False, names)
+    assert 0 < kept["loss_before"] != kept["loss_after"] > 0
+    assert all(model.peft_config[name].merge_weights is None for name in names)
+    # The merged adapter is what the weights say, and not the mean.
+    merged = tensors_of(model, "merged")
+    tensors = [tensors_of(model, name) for name in names]
+    weights = MergeWeights.from_dict(kept, adapter_slots(model, "merged"))
+    assert_same(merged, weights.combine(tensors))
+    key = "vit.layers.0.dynammo_down.weight"
+    assert not torch.allclose(merged[key], (tensors[0][key] + tensors[1][key]) / 2, atol=1e-5)
+    # Statistics are those of the features as they are now; old ones are moved exactly, since the memory holds all the
+    # old images, and fewer than features.
+    train = together(*(hard_scenario[number].train for number in (0, 1)))
+    features = features_under(model, "merged", hard_scenario.transform(train.images)).double()
+    for label in range(4):
+        mean = features[train.labels == label].mean(dim=0)
+        torch.testing.assert_close(method.statistics.means[label], mean, rtol=1e-4, atol=1e-4)
+    # They are saved with the adapter.
+    model.save_pretrained(tmp_path, selected_adapters=["merged"])
+    loaded = PeftModel.from_pretrained(tiny_model("vit"), tmp_path / "merged", adapter_name="merged")
+    assert loaded.peft_config["merged"].merge_weights == {**kept, "adapters": names}
+    images = tiny_images("vit")
+    with torch.no_grad():
+        assert torch.equal(loaded(images).logits, method.logits(images))
+
+
+def test_objectives_of_merge_weights(hard_scenario):
+    losses = {}
+    for objective in ("statistics", "labels", "entropy"):
+        options = {"learned_weights": "task", "weights_objective": objective, "weights_steps": 0, "feature_views": 1}
+        method = begun(hard_scenario, strong(), adapter_init="random", shrinkage=1.0, **options)
+        for number in (0, 1):
+            learn_nothing(method, hard_scenario[number])
+        losses[objective] = method.model.peft_config["merged"].merge_weights["loss_before"]
+    # Heads in closed form give the posterior of the classes' Gaussians.
+    assert losses["statistics"] == pytest.approx(losses["labels"], rel=1e-3)
+    assert 0 < losses["entropy"] != pytest.approx(losses["labels"], rel=0.1)
+
+
+def test_heads_of_learned_merge_weights_are_fitted_to_what_they_gave(scenario):
+    method, results = fit(scenario, learned_weights="layer", weights_steps=5)
+    assert results.metrics()["last_accuracy"] >= 0.8
+    means = method.statistics.mean_matrix()
+    covariance = method.statistics.pooled_covariance()
+    shrunk = 0.9 * covariance + torch.diag(0.1 * covariance.diagonal() + 1e-6 * covariance.diagonal().mean())
+    images = scenario.transform(torch.cat([task.test.images for task in scenario]))
+    features = features_under(method.model, "merged", images).double()
+    # Mahalanobis distances to the class means.
+    differences = features[:, None] - means
+    solved = torch.linalg.solve(shrunk, differences.flatten(0, 1).T).T.view_as(differences)
+    nearest = (differences * solved).sum(dim=2).argmin(dim=1)
+    with torch.no_grad():
+        assert torch.equal(method.logits(images).argmax(dim=1), nearest)
+
+
+@pytest.mark.parametrize("objective", ["labels", "entropy"])
+def test_merge_weights_are_learned_with_heads_of_exemplars(objective):
+    options = {"learned_weights": "task", "weights_objective": objective, "weights_steps": 2, "heads": "exemplars"}
+    method, _ = fit(coloured_tasks(classes=4), strong(), **options)
+    assert method.statistics is None
+    assert method.model.peft_config["merged"].merge_weights["granularity"] == "task"
+
+
+@pytest.mark.parametrize("simplex", [True, False])
+def test_weights_of_a_simplex_sum_to_one(hard_scenario, simplex):
+    options = {"learned_weights": "layer", "weights_simplex": simplex, "weights_steps": 3, "shrinkage": 1.0}
+    method = begun(hard_scenario, strong(), adapter_init="random", **options)
+    for task in hard_scenario:
+        learn_nothing(method, task)
+    groups = method.model.peft_config["merged"].merge_weights["groups"]
+    weights = torch.tensor([group["weights"] for group in groups])
+    assert not torch.isclose(weights, torch.tensor(1 / 3)).any()
+    assert torch.isclose(weights.sum(dim=1), torch.tensor(1.0)).all() == simplex
+
+
+def test_without_learning_no_weights_are_kept(scenario):
+    method = begun(scenario)
+    for number in (0, 1):
+        learn_nothing(method, scenario[number])
+    assert method.model.peft_config["merged"].merge_weights is None
+
+
+def norms_of(model):
+    """BatchNorm layers of the merged adapter, in the order in which they run."""
+    layers = [module for module in model.modules() if hasattr(module, "dynammo_down_norm")]
+    return [norm for layer in layers for norm in (layer.dynammo_down_norm["merged"], layer.dynammo_up_norm["merged"])]
+
+
+@pytest.mark.parametrize("learned", ["none", "layer"])
+def test_recalibration_measures_the_statistics(scenario, learned):
+    options = {"learned_weights": learned, "weights_steps": 2, "adapter_init": "random", "adapter_batch_size": 64}
+    method = begun(scenario, strong(), recalibrate=True, **options)
+    learn_nothing(method, scenario[0])
+    shown = together(scenario[1].train, method.memory.images())
+    learn_nothing(method, scenario[1])
+    expected = copy.deepcopy(method.model)
+    expected.eval()
+    for norm in norms_of(expected):
+        # With this momentum a batch replaces what was there.
+        norm.train()
+        norm.momentum = 1.0
+        norm.reset_running_stats()
+    with torch.no_grad():
+        expected(pixel_values=scenario.transform(shown.images))
+    for found, norm in zip(norms_of(method.model), norms_of(expected)):
+        torch.testing.assert_close(found.running_mean, norm.running_mean, rtol=1e-3, atol=1e-4)
+        # 28 images of 16 patches; PyTorch divides by one less.
+        places = len(shown) * 16
+        torch.testing.assert_close(found.running_var, norm.running_var * (places - 1) / places, rtol=1e-3, atol=1e-4)
+    assert not any(norm.training for norm in norms_of(method.model))
+
+
+def test_without_recalibration_statistics_are_averaged(scenario):
+    method = begun(scenario, strong(), adapter_init="random")
+    learn_nothing(method, scenario[0])
+    with torch.no_grad():
+        method.model.get_base_model().vit.layers[0].dynammo_up_norm["task_000"].running_mean.fill_(4.0)
+    learn_nothing(method, scenario[1])
+    assert norms_of(method.model)[1].running_mean.eq(2.0).all()
+
+
+def test_the_papers_preset_is_the_paper(scenario):
+    method = begun(scenario, DynammoConfig(preset="paper"))
+    assert (method.heads, method.views, method.statistics) == ("exemplars", 1, None)
+    assert (method.arguments.merge, method.merging.learns, method.arguments.recalibrate) == ("linear", False, False)
+    names, heads = [], None
+    for task in scenario:
+        for stage in method.learn(task):
+            names.append((task.index, stage.name))
+            heads = stage
+    assert names == [(0, "adapter"), (1, "adapter"), (1, "heads"), (2, "adapter"), (2, "heads")]
+    model = method.model
+    for config in model.peft_config.values():
+        assert (config.feature_modules, config.scoring) == ([], "min_others")
+        assert (config.reduction_factor, config.padding, config.init_alpha) == (1, 0, 0.02)
+    tensors = [tensors_of(model, f"task_00{number}") for number in range(3)]
+    for key, value in tensors_of(model, "merged").items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (tensors[0][key] + tensors[1][key] + tensors[2][key]) / 3)
+    # Stage 2: all heads, on the features of the balanced memory, each image once and as it is.
+    memory = method.memory.images()
+    features, labels = heads.data.tensors
+    assert torch.equal(labels, memory.labels)
+    assert torch.bincount(labels).tolist() == [4] * 6
+    base, entered = model.get_base_model(), []
+    handle = base.classifier.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    with torch.no_grad():
+        model(pixel_values=scenario.transform(memory.images))
+    handle.remove()
+    torch.testing.assert_close(features, entered[0])
+    assert heads.network is model.head.dynammo_head["merged"]
+    assert heads.network.weight.shape == (6 + 3, 32)
+
+
+def test_given_values_win_over_the_papers():
+    config = DynammoConfig(preset="paper", scoring="log_odds", feature_modules=["layers.0"], padding=1)
+    method = Dynammo(tiny_model("vit"), arguments(heads="ridge", feature_views=3), config)
+    assert (method.heads, method.views, method.config.feature_modules) == ("ridge", 3, ["layers.0"])
+    method = Dynammo(tiny_model("vit"), arguments(heads="gaussians"), DynammoConfig(preset="paper"))
+    assert (method.heads, method.views) == ("gaussians", 1)
+    method = Dynammo(tiny_model("vit"))
+    assert (method.heads, method.views, method.config.feature_modules) == ("lda", 2, None)
+    # The configuration that was given is not changed.
+    assert config.classes is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"heads": "gaussians", "learned_weights": "channel", "weights_steps": 2},
+        {"heads": "ridge", "merge": "dare_ties", "merge_options": {"density": 0.5}, "recalibrate": True},
+        {"merge": "fisher", "selection": "random", "feature_views": 3},
+    ],
+)
+def test_two_runs_with_one_seed_are_equal(options):
+    runs = []
+    for attempt in range(2):
+        # What happened before must not matter.
+        torch.manual_seed(attempt)
+        method, results = fit(coloured_tasks(classes=4), **{"adapter_epochs": 1, "head_epochs": 2, **options})
+        statistics = [method.statistics.mean_matrix(), method.statistics.pooled_covariance()]
+        runs.append((state(method.model), statistics, results.metrics()))
+    assert runs[0][0].keys() == runs[1][0].keys()
+    assert [key for key, value in runs[0][0].items() if not torch.equal(value, runs[1][0][key])] == []
+    assert all(torch.equal(*pair) for pair in zip(runs[0][1], runs[1][1]))
+    assert runs[0][2] == runs[1][2]
+
+
+def test_augmented_views_widen_the_statistics():
+    covariances = []
+    for views in (1, 3):
+        method = begun(coloured_tasks(classes=4), feature_views=views)
+        learn_nothing(method, method_task := coloured_tasks(classes=4)[0])
+        assert method.statistics.counts == dict.fromkeys(method_task.classes, 8 * views)
+        covariances.append(method.statistics.pooled_covariance().trace().item())
+    assert covariances[0] < covariances[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "words"),
+    [
+        ({"memory_size": 0, "heads": "exemplars"}, {}, ["heads='exemplars'", "memory_size=0", "heads='lda'"]),
+        ({"memory_size": 0}, {"preset": "paper"}, ["heads='exemplars'", "memory_size=0"]),
+        ({"first_session": True, "heads": "exemplars"}, {}, ["heads='exemplars'", "first_session"]),
+        ({"heads": "lda"}, {"scoring": "min_others"}, ["heads='lda'", "scoring='log_odds'", "'min_others'"]),
+        ({"heads": "ridge"}, {"preset": "paper"}, ["heads='ridge'", "scoring='log_odds'", "'min_others'"]),
+        (
+            {"heads": "exemplars", "learned_weights": "layer"},
+            {},
+            ["weights_objective='statistics'", "heads='exemplars'"],
+        ),
+        (
+            {"memory_size": 0, "learned_weights": "layer"},
+            {},
+            ["newest classes alone", "memory_size", "weights_objective='entropy'"],
+        ),
+        ({"heads": "knn"}, {}, ["heads='knn'", "'lda', 'ridge', 'gaussians', 'exemplars'"]),
+        ({"merge": "slerp"}, {}, ["merge='slerp'", *map(repr, COMBINATIONS)]),
+        ({"learned_weights": "row"}, {}, ["learned_weights='row'", "'none', 'task', 'layer', 'channel'"]),
+        ({"weights_objective": "loss"}, {}, ["weights_objective='loss'", "'statistics', 'labels', 'entropy'"]),
+        (
+            {"learned_weights": "layer", "merge": "ties", "merge_options": {"density": 0.5}},
+            {},
+            ["learned_weights", "merge='linear'", "merge='ties'"],
+        ),
+        ({"merge": "ties"}, {}, ["'ties'", "needs the option 'density'"]),
+        ({"merge_options": {"density": 0.5}}, {}, ["'linear'", "no option 'density'"]),
+        ({"merge": "ties", "merge_options": "{density: 0.5}"}, {}, ["merge_options='{density: 0.5}'", "JSON"]),
+        ({"merge": "ties", "merge_options": "[0.5]"}, {}, ["merge_options='[0.5]'", "mapping"]),
+        ({"merge": "ties", "merge_options": "0.5"}, {}, ["merge_options='0.5'", "mapping"]),
+        ({"feature_views": 0}, {}, ["feature_views=0", "at least 1"]),
+        ({"shrinkage": 1.5}, {}, ["shrinkage=1.5", "at most 1"]),
+        ({"shrinkage": -0.5}, {}, ["shrinkage=-0.5", "at least 0"]),
+        ({"drift_ridge": -1.0}, {}, ["drift_ridge=-1.0", "at least 0"]),
+        ({"samples_per_class": 0}, {}, ["samples_per_class=0", "at least 1"]),
+        ({"weights_steps": -1}, {}, ["weights_steps=-1", "at least 0"]),
+        ({"covariance_rank": 0}, {}, ["rank=0", "at least 1"]),
+    ],
+)
+def test_what_does_not_go_together_is_refused_at_once(options, config, words):
+    with pytest.raises(ValueError) as error:
+        Dynammo(tiny_model("vit"), arguments(**options), DynammoConfig(**config))
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_feature_distillation_holds_the_merged_features(scenario):
+    moved = {}
+    for weight in (0.0, 100.0):
+        method = begun(scenario, strong(), memory_size=0, feature_distillation=weight)
+        learner = Learner(method, method.accelerator, progress=False)
+        for task in (scenario[0], scenario[1]):
+            for stage in method.learn(task):
+                learner._run(stage, "", scenario)
+            if task.index == 0:
+                before = method.features(scenario[0].test, "merged")
+        moved[weight] = (method.features(scenario[0].test, "merged") - before).square().mean()
+    assert moved[100.0] < 0.5 * moved[0.0]
+
+
+def test_the_distillation_loss_is_the_change_of_features(scenario):
+    method = begun(scenario, strong(), feature_distillation=3.0)
+    learn_nothing(method, scenario[0])
+    method.add_adapter("task_001", scenario[1].class_names)
+    with torch.no_grad():
+        for parameter in method.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    images = scenario.transform(scenario[1].train.images)
+    labels = scenario[1].train.labels
+    method.model.eval()
+    with method.model.head_output("last_layer_logits"):
+        loss, met = method.adapter_step(method.model, images, labels, scenario[1])
+        assert method.model.active_adapter == "task_001"
+        plain, plain_met = TwoStageMethod.adapter_step(method, method.model, images, labels, scenario[1])
+    assert loss.requires_grad
+    new = features_under(method.model, "task_001", images)
+    old = features_under(method.model, "merged", images)
+    torch.testing.assert_close(loss - plain, 3 * (new - old).square().mean(), rtol=1e-3, atol=1e-5)
+    assert loss > plain
+    assert torch.equal(met, plain_met)
