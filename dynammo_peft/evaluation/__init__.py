@@ -1,3 +1,4 @@
+from .backbones import BackboneScore, recommend_backbone
 from .cost import Cost, forward_cost
 from .metrics import (
     METRICS,
@@ -15,6 +16,7 @@ __all__ = [
     "METRICS",
     "AccuracyMatrix",
     "AverageIncrementalAccuracy",
+    "BackboneScore",
     "BackwardTransfer",
     "ClassIncrementalMetric",
     "Cost",
@@ -22,4 +24,5 @@ __all__ = [
     "LastAccuracy",
     "MeanClassRecall",
     "forward_cost",
+    "recommend_backbone",
 ]
