@@ -1,4 +1,4 @@
-"""What DynaMMo costs, as ratios measured in one run: forward time and FLOPs, stage 2, and a training step.
+"""What DynaMMo costs, as ratios measured in one run: forward time and FLOPs, stage 2, a training step, and the merge.
 
     python benchmarks/cost.py
     python benchmarks/cost.py --model_name_or_path facebook/deit-tiny-patch16-224 --device cuda
@@ -28,12 +28,18 @@ from transformers import (
 )
 
 from dynammo_peft import DynammoConfig, forward_cost
+from dynammo_peft.data import ClassStatistics, fit_affine_map
+from dynammo_peft.merging import learn_merge_weights
+from dynammo_peft.methods import DynammoArguments
 from dynammo_peft.methods.acl import ACL
 from dynammo_peft.methods.adapters import heads_step
+from dynammo_peft.methods.analytic import linear_discriminant
 from dynammo_peft.tuner.heads import heads_loss
 
 
 CLASSES_PER_TASK = 2
+# A small task, as two kinds of blood cells: its images, and how many of them one step of training sees.
+TASK_IMAGES, TRAIN_BATCH = 600, 32
 AIM = "<= 1.05 FLOPs, 1.10 time"
 # Weights do not matter to cost, so the models are made from their configurations: no download.
 MODELS = {
@@ -165,13 +171,54 @@ def training_row(base, images, repeats, synchronize):
     yield "stage 1 step / LoRA step (r=8, attention)", None, ours_time / lora_time, ""
 
 
+def merging_rows(base, images, repeats, synchronize):
+    """What comes after stage 1 against an epoch of it: the merge, learned merge weights, and heads in closed form."""
+    model, names = adapted(base, 10)
+    trained = get_peft_model(copy.deepcopy(base), DynammoConfig(classes=class_names(0)), "task_000").train()
+    batch = images[:1].repeat(TRAIN_BATCH, 1, 1, 1)
+    labels = torch.arange(TRAIN_BATCH, device=images.device) % CLASSES_PER_TASK
+    steps = 2
+
+    def train():
+        for _ in range(steps):
+            with trained.head_output("last_layer_logits"):
+                heads_loss(trained(batch).logits, labels, (CLASSES_PER_TASK,)).backward()
+            trained.zero_grad()
+
+    def learn(granularity):
+        batches = [(batch, labels)]
+        learn_merge_weights(model, names, batches, granularity=granularity, steps=steps, progress=False)
+
+    def merge():
+        model.add_weighted_adapter(names, adapter_name="merged")
+
+    features = torch.randn(2 * TASK_IMAGES, model.head.dynammo_head["merged"].in_features)
+
+    def heads():
+        known = ClassStatistics()
+        known.update(features, torch.arange(len(features)) % (10 * CLASSES_PER_TASK))
+        known.move(fit_affine_map(features, features + 0.1))
+        linear_discriminant(known, 0.1)
+
+    granularities = ("task", "layer", "channel")
+    runs = [train, merge, heads, *(lambda name=name: learn(name) for name in granularities)]
+    train_time, merge_time, heads_time, *learn_times = median_times(runs, max(3, repeats // 4), synchronize)
+    epoch = train_time / steps * TASK_IMAGES / TRAIN_BATCH
+    yield "merging 10 adapters / an epoch of stage 1", None, merge_time / epoch, "< 1 time"
+    yield "statistics, drift and heads / an epoch", None, heads_time / epoch, ""
+    learning_steps = DynammoArguments().weights_steps
+    for name, seconds in zip(granularities, learn_times):
+        ratio = seconds / steps * learning_steps / epoch
+        yield f"learning {learning_steps} steps of weights by {name} / an epoch", None, ratio, "< 2 time"
+
+
 def measure(name, base: PreTrainedModel, args, synchronize):
     """Prints the table of one base model."""
     base = base.to(args.device).eval()
     size = getattr(base.config, "image_size", 224)
     images = torch.randn(args.batch_size, 3, size, size, device=args.device)
     print(f"\n{name}, {size} px, batch {args.batch_size}, median of {args.repeats}\n{'':45} {'FLOPs':>7} {'time':>7}")
-    rows = [forward_rows, head_stage_row]
+    rows = [forward_rows, head_stage_row, merging_rows]
     if any(module_name.endswith("q_proj") for module_name, _ in base.named_modules()):
         rows.append(training_row)
     for make in rows:

@@ -1,14 +1,22 @@
-"""The README's code runs as it is printed."""
+"""The code of the README and of the API page runs as it is printed."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_recipe import image_folder
-from tiny import tiny_model, tiny_processor
+from tiny import tiny_dataset, tiny_images, tiny_model, tiny_processor
+
+from dynammo_peft.merging import COMBINATIONS
 
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+
+
+def code_of(page):
+    return re.findall(r"```py\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
@@ -16,9 +24,48 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     tiny_model("vit").save_pretrained("facebook/deit-tiny-patch16-224")
     tiny_processor(32).save_pretrained("facebook/deit-tiny-patch16-224")
     image_folder(tmp_path / "cells", classes=4, per_class=12)
-    learn, load = re.findall(r"```py\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    learn, load = code_of("README.md")
     exec(learn, {})
     assert "'last_accuracy': " in capsys.readouterr().out
     names = {"pixel_values": torch.randn(1, 3, 32, 32)}
     exec(load, names)
     assert names["label"] in {f"class {index}" for index in range(4)}
+
+
+@pytest.fixture
+def fresh_table():
+    before = dict(COMBINATIONS)
+    yield
+    COMBINATIONS.clear()
+    COMBINATIONS.update(before)
+
+
+def test_the_code_of_the_api_page_runs(tmp_path, monkeypatch, capsys, fresh_table):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "other-base")):
+        tiny_model("vit", seed).save_pretrained(name)
+        tiny_processor(32).save_pretrained(name)
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        config = LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"], init_lora_weights=False)
+        get_peft_model(tiny_model("vit"), config).save_pretrained(f"lora-{name}")
+    generator = torch.Generator().manual_seed(0)
+    names = {
+        "torch": torch,
+        "examples": [(image, index % 3) for index, image in enumerate(tiny_images("vit", 8))],
+        "features": torch.randn(30, 4, generator=generator),
+        "labels": torch.arange(30) % 3,
+        "features_after_a_merge": torch.randn(30, 4, generator=generator),
+        "features_of_new_classes": torch.randn(20, 4, generator=generator),
+        "new_labels": 3 + torch.arange(20) % 2,
+        "train": tiny_dataset(classes=3, per_class=10),
+    }
+    blocks = code_of("docs/api.md")
+    assert len([line for line in blocks[0].splitlines() if line]) == 8
+    for block in blocks:
+        exec(block, names)
+    assert (tmp_path / "lora-merged" / "merged" / "adapter_model.safetensors").exists()
+    assert set(names["weights"].as_dict()["adapters"]) == {"a", "b"}
+    assert names["weight"].shape == (5, 4)
+    assert names["model"].active_adapter == "both"
+    assert len(capsys.readouterr().out.strip().splitlines()) == 2

@@ -1,0 +1,320 @@
+"""What merging costs in accuracy, and what heads and merge functions bring back: one run, one budget.
+
+    python benchmarks/merging.py                                   # everything; goes on where it was stopped
+    python benchmarks/merging.py --backbones deit_tiny --sequences blood_cells --seeds 0 1 --rows acl paper default
+    python benchmarks/merging.py --report                          # the table of what is there
+
+All rows of a backbone, sequence and seed start from the same adapters: stage 1 is trained once for all methods that
+have the same images in it. Each result is one line of `docs/results/merging.jsonl`; the table has means and deviations
+over seeds, each with a class order of its own. With `--validation_fraction 0.25`, a quarter of the training images
+takes the place of the test images, which are not read then; such results go to another file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+import dynammo_peft as dp
+from dynammo_peft.data import LabelledImages
+from dynammo_peft.merging import adapter_tensors
+from dynammo_peft.methods import Stage
+
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+IMAGE_SIZE = 112
+
+BACKBONES = {"deit_tiny": "deit_tiny_patch16_224", "resnet18": "resnet18_stages1-3"}
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A sequence of tasks: data sets one after the other, each cut into tasks of its own."""
+
+    folders: tuple[str, ...]
+    classes_per_task: int
+    memory_size: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SEQUENCES = {
+    "blood_cells": Sequence(("blood_cells",), 2, 40, {"vertical_flip": True}),
+    "mednist_blood_cells": Sequence(("mednist", "blood_cells"), 2, 70),
+    "tiny_imagenet_40": Sequence(("tiny_imagenet_40",), 4, 400),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Args:
+        method (`str`): A key of `METHODS`.
+        arguments (`dict[str, Any]`): Of the method.
+        config (`dict[str, Any]`): Of the `DynammoConfig`.
+        forward_passes (`str`): At inference, with T tasks.
+    """
+
+    method: str = "dynammo"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    forward_passes: str = "1"
+
+
+# The paper's recipe on the same adapters as all others: its own, wider ones would be another budget.
+PAPER_CONFIG = {"feature_modules": [], "scoring": "min_others"}
+PAPER_ARGUMENTS = {"heads": "exemplars", "feature_views": 1}
+ROWS: dict[str, Row] = {
+    "acl": Row("acl", forward_passes="T"),
+    "paper": Row(arguments=PAPER_ARGUMENTS, config=PAPER_CONFIG),
+    "default": Row(),
+    "exemplar_free": Row(arguments={"memory_size": 0}),
+    "first_session": Row(arguments={"first_session": True}),
+    "joint": Row("joint"),
+    "heads=ridge": Row(arguments={"heads": "ridge"}),
+    "heads=gaussians": Row(arguments={"heads": "gaussians"}),
+    "heads=exemplars": Row(arguments={"heads": "exemplars"}),
+    "heads=lda, last layer": Row(config={"feature_modules": []}),
+    "heads=gaussians, last layer": Row(arguments={"heads": "gaussians"}, config={"feature_modules": []}),
+    "heads=exemplars, last layer": Row(arguments={"heads": "exemplars"}, config={"feature_modules": []}),
+    "merge=ties": Row(arguments={"merge": "ties", "merge_options": {"density": 0.5}}),
+    "merge=dare_linear": Row(arguments={"merge": "dare_linear", "merge_options": {"density": 0.5}}),
+    "merge=dare_ties": Row(arguments={"merge": "dare_ties", "merge_options": {"density": 0.5}}),
+    "merge=magnitude_prune": Row(arguments={"merge": "magnitude_prune", "merge_options": {"density": 0.5}}),
+    "merge=exponential_moving_average": Row(
+        arguments={"merge": "exponential_moving_average", "merge_options": {"decay": 0.5}}
+    ),
+    "merge=fisher": Row(arguments={"merge": "fisher"}),
+    "learned_weights=task": Row(arguments={"learned_weights": "task"}),
+    "learned_weights=layer": Row(arguments={"learned_weights": "layer"}),
+    "learned_weights=channel": Row(arguments={"learned_weights": "channel"}),
+    "learned_weights=layer, entropy": Row(arguments={"learned_weights": "layer", "weights_objective": "entropy"}),
+    "feature_distillation": Row(arguments={"feature_distillation": 10.0}),
+    "exemplar_free, feature_distillation": Row(arguments={"memory_size": 0, "feature_distillation": 10.0}),
+    "exemplar_free, first_session": Row(arguments={"memory_size": 0, "first_session": True}),
+    "recalibrate": Row(arguments={"recalibrate": True}),
+}
+CORE = ("acl", "paper", "default", "exemplar_free", "first_session", "joint")
+
+
+class SharedLearner(dp.Learner):
+    """Trains stage 1 once for all methods with the same images in it, and keeps the features it has computed.
+
+    Args:
+        adapters (`dict`): Trained adapters and heads by task and memory; shared between learners.
+        features (`dict`): Features by adapter, images and view; shared between learners.
+    """
+
+    def __init__(self, method: dp.Method, accelerator: Accelerator, adapters: dict, features: dict) -> None:
+        super().__init__(method, accelerator, progress=False)
+        self.adapters = adapters
+        self.known = features
+        compute = method.features
+        method.features = lambda images, adapter, views=1: self._features(compute, images, adapter, views)
+
+    def _run(self, stage: Stage, title: str, scenario: dp.ClassIncrementalScenario) -> None:
+        if stage.name != "adapter":
+            super()._run(stage, title, scenario)
+            return
+        method = self.method
+        arguments = method.arguments
+        key = (len(method.adapters), arguments.memory_size > 0, getattr(arguments, "feature_distillation", 0.0))
+        name = method.adapters[-1]
+        own = {**adapter_tensors(method.model, name)}
+        head = method.model.head
+        # What stage 1 trains of the head reads the last layer, whether others are read later or not.
+        own |= {
+            "head.weight": head.dynammo_head[name].weight[:, : head.features],
+            "head.bias": head.dynammo_head[name].bias,
+        }
+        if key not in self.adapters:
+            super()._run(stage, title, scenario)
+            self.adapters[key] = {name: tensor.detach().clone() for name, tensor in own.items()}
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(self.adapters[key][name])
+
+    def _features(self, compute: Callable[..., Tensor], images: LabelledImages, adapter: str, views: int) -> Tensor:
+        model = self.method.model
+        digest = hashlib.sha256(repr((views, model.peft_config[adapter].feature_modules)).encode())
+        for tensor in (images.rows, images.images, *adapter_tensors(model, adapter).values()):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        key = digest.hexdigest()
+        if key not in self.known:
+            self.known[key] = compute(images, adapter, views)
+        model.set_adapter(adapter, inference_mode=True)
+        model.eval()
+        return self.known[key]
+
+    @torch.no_grad()
+    def _predict(self, images: LabelledImages, scenario: dp.ClassIncrementalScenario) -> tuple[list[int], list[int]]:
+        method = self.method
+        adapters = method.inference_adapters
+        parts = [
+            method.model.head.dynammo_head[name](method.features(images, name)[0].to(self.accelerator.device))
+            for name in adapters
+        ]
+        sizes = sum((method.model.head.sizes[name] for name in adapters), ())
+        scores = dp.tuner.heads.score_heads(torch.cat(parts, dim=1), sizes, method.config.scoring)
+        return scores.argmax(dim=1).tolist(), images.labels.tolist()
+
+
+def load_train_and_test(sequence: Sequence) -> tuple[datasets.Dataset, datasets.Dataset, list[list[str]]]:
+    """Images of all the sequence's data sets with labels of their own, and the class names of each."""
+    parts = [dp.load_image_dataset("imagefolder", data_dir=str(SHARED / "data" / name)) for name in sequence.folders]
+    names = [train.features["label"].names for train, _ in parts]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(chain(*names)))})
+    joined = []
+    for split in (0, 1):
+        rows: dict[str, list[Any]] = {"image": [], "label": []}
+        for index, part in enumerate(parts):
+            first = sum(len(group) for group in names[:index])
+            files = part[split].cast_column("image", datasets.Image(decode=False))
+            rows["image"] += files["image"]
+            rows["label"] += [first + label for label in files["label"]]
+        joined.append(datasets.Dataset.from_dict(rows, features=features))
+    return joined[0], joined[1], names
+
+
+def class_groups(names: list[list[str]], classes_per_task: int, seed: int) -> list[list[str]]:
+    """The tasks: the classes of each data set in an order drawn by `seed`, the data sets one after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = []
+    for part in names:
+        order = [part[index] for index in torch.randperm(len(part), generator=generator).tolist()]
+        groups += [order[start : start + classes_per_task] for start in range(0, len(order), classes_per_task)]
+    return groups
+
+
+def run_seed(
+    backbone: str, name: str, seed: int, epochs: int, rows: list[str], validation_fraction: float, out: Path
+) -> None:
+    """Runs rows that have no result yet on one class order, and appends their results to `out`."""
+    sequence = SEQUENCES[name]
+    where = {"backbone": backbone, "sequence": name, "seed": seed, "epochs": epochs}
+    missing = [row for row in rows if {**where, "row": row} not in [_identity(line) for line in read(out)]]
+    if not missing:
+        return
+    path = SHARED / "weights" / BACKBONES[backbone]
+    processor = dp.resized_image_processor(AutoImageProcessor.from_pretrained(path), IMAGE_SIZE)
+    train, test, names = load_train_and_test(sequence)
+    groups = class_groups(names, sequence.classes_per_task, seed)
+    scenario, at_once = (
+        dp.ClassIncrementalScenario(
+            train,
+            None if validation_fraction else test,
+            processor,
+            groups=tasks,
+            seed=seed,
+            validation_fraction=validation_fraction,
+            progress=False,
+            **sequence.options,
+        )
+        for tasks in (groups, [list(chain(*groups))])
+    )
+    adapters: dict[tuple, Any] = {}
+    features: dict[str, Tensor] = {}
+    for row in missing:
+        settings = ROWS[row]
+        method_cls = dp.METHODS[settings.method]
+        arguments = {"memory_size": sequence.memory_size, "adapter_epochs": epochs, "seed": seed, **settings.arguments}
+        method = method_cls(
+            AutoModelForImageClassification.from_pretrained(path),
+            method_cls.arguments_cls(**arguments),
+            dp.DynammoConfig(**settings.config),
+        )
+        start = time.perf_counter()
+        learner = SharedLearner(method, Accelerator(mixed_precision="bf16"), adapters, features)
+        measures = learner.fit(at_once if settings.method == "joint" else scenario).metrics()
+        line = {
+            **where,
+            "row": row,
+            "last": round(100 * measures["last_accuracy"], 2),
+            "average": round(100 * measures["average_incremental_accuracy"], 2),
+            "forgetting": round(100 * measures.get("forgetting", 0.0), 2),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+
+def _identity(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: line[key] for key in ("backbone", "sequence", "seed", "epochs", "row")}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Results so far."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def report(lines: list[dict[str, Any]]) -> str:
+    """The table: mean and standard deviation over seeds, and the distance to ACL on the same seeds."""
+    out = []
+    for backbone, sequence in dict.fromkeys((line["backbone"], line["sequence"]) for line in lines):
+        here = [line for line in lines if (line["backbone"], line["sequence"]) == (backbone, sequence)]
+        acl = {line["seed"]: line for line in here if line["row"] == "acl"}
+        out += [f"\n{backbone}, {sequence}\n", "| | last | average | against ACL | seeds |", "|---|---|---|---|---|"]
+        for row in ROWS:
+            own = [line for line in here if line["row"] == row]
+            if not own:
+                continue
+            last, average = ([line[key] for line in own] for key in ("last", "average"))
+            paired = [line for line in own if line["seed"] in acl]
+            shown = _spread(average) if row != "joint" else ""
+            gain = ""
+            if paired and row not in ("acl", "joint"):
+                gains = [
+                    statistics.mean(line[key] - acl[line["seed"]][key] for line in paired)
+                    for key in ("last", "average")
+                ]
+                gain = " / ".join(f"{each:+.1f}" for each in gains)
+            out.append(f"| `{row}` | {_spread(last)} | {shown} | {gain} | {len(own)} |")
+    return "\n".join(out)
+
+
+def _spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
+    parser.add_argument("--sequences", nargs="+", choices=SEQUENCES, default=list(SEQUENCES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--core", action="store_true", help=f"The rows {', '.join(CORE)} only.")
+    parser.add_argument("--epochs", type=int, default=5, help="Of stage 1, for each task.")
+    parser.add_argument("--validation_fraction", type=float, default=0.0)
+    parser.add_argument("--report", action="store_true", help="Print the table of the results so far.")
+    args = parser.parse_args()
+    out = RESULTS / ("merging_validation.jsonl" if args.validation_fraction else "merging.jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not args.report:
+        for sequence in args.sequences:
+            for backbone in args.backbones:
+                for seed in args.seeds:
+                    rows = list(CORE) if args.core else args.rows
+                    run_seed(backbone, sequence, seed, args.epochs, rows, args.validation_fraction, out)
+    print(report(read(out)))
+
+
+if __name__ == "__main__":
+    main()
