@@ -30,6 +30,7 @@ from transformers import (
 from dynammo_peft import DynammoConfig, forward_cost
 from dynammo_peft.data import ClassStatistics, fit_affine_map
 from dynammo_peft.merging import learn_merge_weights
+from dynammo_peft.merging.optimization import EVALUATION_BATCHES
 from dynammo_peft.methods import DynammoArguments
 from dynammo_peft.methods.acl import ACL
 from dynammo_peft.methods.adapters import heads_step
@@ -185,9 +186,9 @@ def merging_rows(base, images, repeats, synchronize):
                 heads_loss(trained(batch).logits, labels, (CLASSES_PER_TASK,)).backward()
             trained.zero_grad()
 
-    def learn(granularity):
+    def learn(granularity, times):
         batches = [(batch, labels)]
-        learn_merge_weights(model, names, batches, granularity=granularity, steps=steps, progress=False)
+        learn_merge_weights(model, names, batches, granularity=granularity, steps=times * steps, progress=False)
 
     def merge():
         model.add_weighted_adapter(names, adapter_name="merged")
@@ -201,14 +202,17 @@ def merging_rows(base, images, repeats, synchronize):
         linear_discriminant(known, 0.1)
 
     granularities = ("task", "layer", "channel")
-    runs = [train, merge, heads, *(lambda name=name: learn(name) for name in granularities)]
+    learning = [lambda name=name, times=times: learn(name, times) for name in granularities for times in (1, 2)]
+    runs = [train, merge, heads, *learning]
     train_time, merge_time, heads_time, *learn_times = median_times(runs, max(3, repeats // 4), synchronize)
     epoch = train_time / steps * TASK_IMAGES / TRAIN_BATCH
     yield "merging 10 adapters / an epoch of stage 1", None, merge_time / epoch, "< 1 time"
     yield "statistics, drift and heads / an epoch", None, heads_time / epoch, ""
     learning_steps = DynammoArguments().weights_steps
-    for name, seconds in zip(granularities, learn_times):
-        ratio = seconds / steps * learning_steps / epoch
+    for name, once, twice in zip(granularities, learn_times[::2], learn_times[1::2]):
+        step = (twice - once) / steps
+        # What is not a step is the loss before and after, here of one batch, and of at most 8 where there are so many.
+        ratio = (learning_steps * step + EVALUATION_BATCHES * (once - steps * step)) / epoch
         yield f"learning {learning_steps} steps of weights by {name} / an epoch", None, ratio, "< 2 time"
 
 
