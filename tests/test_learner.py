@@ -413,3 +413,15 @@ def test_a_learner_makes_its_own_accelerator():
     learner = Learner(method, progress=False)
     assert isinstance(learner.accelerator, Accelerator)
     assert len(learner.fit(coloured_tasks(classes=2, size=8)).references) == 8
+
+
+def test_no_image_stays_with_accelerate_after_a_run():
+    train, test = tiny_dataset(), tiny_dataset(seed=1)
+    scenario = ClassIncrementalScenario(train, test, tiny_processor(32), classes_per_task=2, progress=False)
+    learner = Learner(
+        Dynammo(tiny_model("vit"), DynammoArguments(memory_size=0, adapter_epochs=1)),
+        Accelerator(cpu=True),
+        progress=False,
+    )
+    learner.fit(scenario)
+    assert learner.accelerator._dataloaders == []

@@ -165,4 +165,6 @@ class Learner:
             predicted, labels = self.accelerator.gather_for_metrics((predicted, labels))
             predictions += predicted.tolist()
             references += labels.tolist()
+        # Accelerate would hold on to the loader, and so to the images.
+        self.accelerator.free_memory()
         return predictions, references
