@@ -129,6 +129,11 @@ class Dynammo(TwoStageMethod):
                 "Without exemplars merge weights would be learned on the newest classes alone; set memory_size, or "
                 "weights_objective='entropy'."
             )
+        if given.first_session and (self.merging.learns or given.merge != "linear" or given.feature_distillation):
+            raise ValueError(
+                "first_session trains one adapter only, so merge, learned_weights and feature_distillation would do "
+                "nothing; leave them out."
+            )
         self.statistics: Optional[ClassStatistics] = None
         if self.heads != "exemplars":
             self.statistics = ClassStatistics(
