@@ -117,7 +117,7 @@ class SharedLearner(dp.Learner):
 
     Args:
         adapters (`dict`): Trained adapters and heads by task and memory; shared between learners.
-        features (`dict`): Features by adapter, images and view; shared between learners.
+        features (`dict`): Features by adapter and image; shared between learners.
     """
 
     def __init__(self, method: dp.Method, accelerator: Accelerator, adapters: dict, features: dict) -> None:
@@ -151,15 +151,21 @@ class SharedLearner(dp.Learner):
 
     def _features(self, compute: Callable[..., Tensor], images: LabelledImages, adapter: str, views: int) -> Tensor:
         model = self.method.model
-        digest = hashlib.sha256(repr((views, model.peft_config[adapter].feature_modules)).encode())
-        for tensor in (images.rows, images.images, *adapter_tensors(model, adapter).values()):
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        key = digest.hexdigest()
-        if key not in self.known:
-            self.known[key] = compute(images, adapter, views)
+        tensors = [*adapter_tensors(model, adapter).values()]
+        state = _digest(repr((views, model.peft_config[adapter].feature_modules)), *tensors)
         model.set_adapter(adapter, inference_mode=True)
         model.eval()
-        return self.known[key]
+        if views > 1:  # augmented in the order of all images
+            key = (state, _digest("", images.rows, images.images))
+            if key not in self.known:
+                self.known[key] = compute(images, adapter, views)
+            return self.known[key]
+        keys = [(state, _digest("", image)) for image in images.images]
+        missing = torch.tensor([index for index, key in enumerate(keys) if key not in self.known])
+        if len(missing):
+            for index, row in zip(missing.tolist(), compute(images.select(missing), adapter, 1)[0]):
+                self.known[keys[index]] = row
+        return torch.stack([self.known[key] for key in keys])[None]
 
     @torch.no_grad()
     def _predict(self, images: LabelledImages, scenario: dp.ClassIncrementalScenario) -> tuple[list[int], list[int]]:
@@ -172,6 +178,13 @@ class SharedLearner(dp.Learner):
         sizes = sum((method.model.head.sizes[name] for name in adapters), ())
         scores = dp.tuner.heads.score_heads(torch.cat(parts, dim=1), sizes, method.config.scoring)
         return scores.argmax(dim=1).tolist(), images.labels.tolist()
+
+
+def _digest(text: str, *tensors: Tensor) -> str:
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def load_train_and_test(sequence: Sequence) -> tuple[datasets.Dataset, datasets.Dataset, list[list[str]]]:
@@ -228,7 +241,7 @@ def run_seed(
         for tasks in (groups, [list(chain(*groups))])
     )
     adapters: dict[tuple, Any] = {}
-    features: dict[str, Tensor] = {}
+    features: dict[tuple[str, str], Tensor] = {}
     for row in missing:
         settings = ROWS[row]
         method_cls = dp.METHODS[settings.method]
