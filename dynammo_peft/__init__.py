@@ -17,7 +17,7 @@ from .methods import (
     Stage,
 )
 from .training import Learner, Results
-from .tuner import DynammoConfig, DynammoModel
+from .tuner import DynammoConfig, DynammoLoraConfig, DynammoLoraModel, DynammoModel
 from .version import __version__
 
 
@@ -30,6 +30,8 @@ __all__ = [
     "Dynammo",
     "DynammoArguments",
     "DynammoConfig",
+    "DynammoLoraConfig",
+    "DynammoLoraModel",
     "DynammoModel",
     "ExemplarMemory",
     "Joint",

@@ -14,7 +14,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import torch
 import transformers
@@ -24,10 +24,19 @@ from accelerate.tracking import get_available_trackers
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 
 import dynammo_peft
-from dynammo_peft import METHODS, ClassIncrementalScenario, DynammoConfig, Learner, Method, Results, Task
+from dynammo_peft import (
+    METHODS,
+    ClassIncrementalScenario,
+    DynammoConfig,
+    DynammoLoraConfig,
+    Learner,
+    Method,
+    Results,
+    Task,
+)
 from dynammo_peft.data import load_image_dataset, resized_image_processor
 from dynammo_peft.hub import save_model
-from dynammo_peft.tuner.config import Preset, Scoring
+from dynammo_peft.tuner.head_config import HeadConfig, Preset, Scoring
 
 
 logger = logging.getLogger("class_incremental")
@@ -65,6 +74,11 @@ class ModelArguments:
     image_size: Optional[int] = field(
         default=None, metadata={"help": "Height and width to resize images to, in pixels; the processor's if unset."}
     )
+    adapter: Literal["conv", "lora"] = field(
+        default="conv", metadata={"help": "Convolutions in front of blocks (DynaMMo's), or LoRA inside them."}
+    )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA."})
+    lora_alpha: int = field(default=8, metadata={"help": "LoRA is multiplied by lora_alpha / lora_rank."})
     preset: Preset = field(default="default", metadata={"help": "Adapters as in the 'paper', or the 'default'."})
     target_modules: Optional[list[str]] = field(
         default=None, metadata={"help": "Blocks to put adapters in front of; they follow from the model if unset."}
@@ -159,6 +173,20 @@ def load_model(args: ModelArguments) -> tuple[transformers.PreTrainedModel, Any]
     return model, resized_image_processor(processor, args.image_size) if args.image_size else processor
 
 
+def adapter_config(args: ModelArguments) -> HeadConfig:
+    """The configuration of the adapters."""
+    common = {
+        "target_modules": args.target_modules,
+        "feature_modules": args.feature_modules,
+        "scoring": args.scoring,
+    }
+    if args.adapter == "conv":
+        return DynammoConfig(preset=args.preset, reduction_factor=args.reduction_factor, **common)
+    if args.preset != "default" or args.reduction_factor is not None:
+        raise ValueError("adapter='lora' has neither preset='paper' nor reduction_factor; leave them out.")
+    return DynammoLoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, **common)
+
+
 def load_scenario(args: DataArguments, image_processor: Any, progress: bool) -> ClassIncrementalScenario:
     """The tasks, with all images decoded."""
     train, test = load_image_dataset(
@@ -230,14 +258,7 @@ def run(argv: list[str]) -> tuple[Method, Results]:
     model, image_processor = load_model(model_args)
     with accelerator.main_process_first():
         scenario = load_scenario(data_args, image_processor, progress=accelerator.is_main_process)
-    config = DynammoConfig(
-        preset=model_args.preset,
-        target_modules=model_args.target_modules,
-        feature_modules=model_args.feature_modules,
-        reduction_factor=model_args.reduction_factor,
-        scoring=model_args.scoring,
-    )
-    method = METHODS[args.method](model, method_args, config)
+    method = METHODS[args.method](model, method_args, adapter_config(model_args))
     options = {**asdict(args), **asdict(model_args), **asdict(data_args), **asdict(method_args)}
     if args.report_to:
         # TensorBoard takes plain values only.

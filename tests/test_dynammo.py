@@ -489,7 +489,11 @@ def test_without_recalibration_statistics_are_averaged(scenario):
 def test_the_papers_preset_is_the_paper(scenario):
     method = begun(scenario, DynammoConfig(preset="paper"))
     assert (method.heads, method.views, method.statistics) == ("exemplars", 1, None)
-    assert (method.arguments.merge, method.merging.learns, method.arguments.recalibrate) == ("linear", False, False)
+    assert (method.merging.combination_type, method.merging.learns, method.arguments.recalibrate) == (
+        "linear",
+        False,
+        False,
+    )
     names, heads = [], None
     for task in scenario:
         for stage in method.learn(task):

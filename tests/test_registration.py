@@ -51,7 +51,7 @@ def test_registering_again_does_no_harm():
     again = importlib.reload(registration)
     assert again.extend_peft_type("DYNAMMO") is PeftType.DYNAMMO
     assert again.extend_peft_type("LORA") is PeftType.LORA
-    again.register(DynammoConfig, DynammoModel)
+    again.register("dynammo", DynammoConfig, DynammoModel)
     importlib.reload(dynammo_peft.tuner)
     assert list(PeftType) == members
     assert configs == PEFT_TYPE_TO_CONFIG_MAPPING

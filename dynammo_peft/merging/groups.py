@@ -39,7 +39,7 @@ class WeightGroup:
 def check_granularity(granularity: str) -> None:
     """Raises a `ValueError` unless the granularity exists."""
     # Not at the top: the tuner imports this package.
-    from ..tuner.config import check_choice
+    from ..tuner.head_config import check_choice
 
     check_choice("granularity", granularity, Granularity)
 

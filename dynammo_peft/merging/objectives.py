@@ -47,7 +47,7 @@ def as_objective(objective: Union[str, Objective]) -> Objective:
     if callable(objective):
         return objective
     # Not at the top: the tuner imports this package.
-    from ..tuner.config import check_choice
+    from ..tuner.head_config import check_choice
 
     check_choice("objective", objective, OBJECTIVES)
     return OBJECTIVES[objective]

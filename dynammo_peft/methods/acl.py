@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data import Task
-from ..tuner import DynammoConfig
+from ..tuner import HeadConfig
 from ..tuner.heads import score_heads
 from .adapters import AdapterMethodArguments, TwoStageMethod
 from .base import Stage
@@ -37,7 +37,7 @@ class ACL(TwoStageMethod):
     Args:
         model (`PreTrainedModel`): The pretrained image classifier.
         arguments (`AdapterMethodArguments`): Options of the training.
-        config (`Optional[DynammoConfig]`): The adapters' configuration; its `classes` are filled in.
+        config (`Optional[HeadConfig]`): The adapters' configuration; its `classes` are filled in.
 
     Raises:
         ValueError: If the memory keeps no exemplars.
@@ -49,7 +49,7 @@ class ACL(TwoStageMethod):
         self,
         model: PreTrainedModel,
         arguments: Optional[AdapterMethodArguments] = None,
-        config: Optional[DynammoConfig] = None,
+        config: Optional[HeadConfig] = None,
     ) -> None:
         super().__init__(model, arguments, config)
         if self.arguments.memory_size == 0:

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from ..data import ClassIncrementalScenario, ExemplarMemory, LabelledImages, Task
 from ..data.memory import Selection
-from ..tuner import DynammoConfig
-from ..tuner.config import check_choice
+from ..tuner import DynammoConfig, HeadConfig
+from ..tuner.head_config import check_choice
 from ..tuner.heads import grouped_logits, head_targets, heads_loss
 from .base import Method, MethodArguments, Optimization, Optimizer, Schedule, Stage
 
@@ -69,7 +69,7 @@ class AdapterMethod(Method):
     Args:
         model (`PreTrainedModel`): The pretrained image classifier.
         arguments (`AdapterMethodArguments`): Options of the training.
-        config (`Optional[DynammoConfig]`): The adapters' configuration; its `classes` are filled in.
+        config (`Optional[HeadConfig]`): The adapters' configuration; its `classes` are filled in.
     """
 
     arguments_cls = AdapterMethodArguments
@@ -81,7 +81,7 @@ class AdapterMethod(Method):
         self,
         model: PreTrainedModel,
         arguments: Optional[AdapterMethodArguments] = None,
-        config: Optional[DynammoConfig] = None,
+        config: Optional[HeadConfig] = None,
     ) -> None:
         super().__init__(model, arguments)
         self.config = config if config is not None else DynammoConfig()
@@ -141,14 +141,14 @@ class TwoStageMethod(AdapterMethod):
     Args:
         model (`PreTrainedModel`): The pretrained image classifier.
         arguments (`AdapterMethodArguments`): Options of the training.
-        config (`Optional[DynammoConfig]`): The adapters' configuration; its `classes` are filled in.
+        config (`Optional[HeadConfig]`): The adapters' configuration; its `classes` are filled in.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         arguments: Optional[AdapterMethodArguments] = None,
-        config: Optional[DynammoConfig] = None,
+        config: Optional[HeadConfig] = None,
     ) -> None:
         super().__init__(model, arguments, config)
         self.memory = ExemplarMemory(self.arguments.memory_size, self.arguments.selection, self.arguments.seed)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import PreTrainedModel, get_scheduler
 
 from ..data import BatchTransform, ClassIncrementalScenario, LabelledImages, Task
-from ..tuner.config import check_choice
+from ..tuner.head_config import check_choice
 
 
 Optimizer = Literal["sgd", "adam", "adamw"]

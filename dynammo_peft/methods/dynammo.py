@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..data import ClassIncrementalScenario, ClassStatistics, LabelledImages, Task, fit_affine_map
-from ..tuner import DynammoConfig
-from ..tuner.config import Preset, check_choice
+from ..tuner import HeadConfig
+from ..tuner.head_config import Preset, check_choice
 from ..tuner.heads import set_class_logits
 from ..tuner.modes import adapter_instead
 from .adapters import AdapterMethodArguments, TwoStageMethod, heads_step
@@ -92,7 +92,7 @@ class Dynammo(TwoStageMethod):
     Args:
         model (`PreTrainedModel`): The pretrained image classifier.
         arguments (`DynammoArguments`): Options of the training, the merge and the heads.
-        config (`Optional[DynammoConfig]`): The adapters' configuration; its `classes` are filled in.
+        config (`Optional[HeadConfig]`): The adapters' configuration; its `classes` are filled in.
 
     Raises:
         ValueError: If options do not go together.
@@ -107,7 +107,7 @@ class Dynammo(TwoStageMethod):
         self,
         model: PreTrainedModel,
         arguments: Optional[DynammoArguments] = None,
-        config: Optional[DynammoConfig] = None,
+        config: Optional[HeadConfig] = None,
     ) -> None:
         super().__init__(model, arguments, config)
         preset = PRESETS[self.config.preset]
@@ -129,7 +129,7 @@ class Dynammo(TwoStageMethod):
                 "Without exemplars merge weights would be learned on the newest classes alone; set memory_size, or "
                 "weights_objective='entropy'."
             )
-        if given.first_session and (self.merging.learns or given.merge != "linear" or given.feature_distillation):
+        if given.first_session and (self.merging.learns or given.merge is not None or given.feature_distillation):
             raise ValueError(
                 "first_session trains one adapter only, so merge, learned_weights and feature_distillation would do "
                 "nothing; leave them out."

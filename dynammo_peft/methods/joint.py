@@ -22,7 +22,7 @@ class Joint(AdapterMethod):
     Args:
         model (`PreTrainedModel`): The pretrained image classifier.
         arguments (`AdapterMethodArguments`): Options of the training; those of the memory and of stage 2 are unused.
-        config (`Optional[DynammoConfig]`): The adapter's configuration; its `classes` are filled in.
+        config (`Optional[HeadConfig]`): The adapter's configuration; its `classes` are filled in.
     """
 
     name = "joint"

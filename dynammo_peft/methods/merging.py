@@ -16,7 +16,7 @@ from ..data import ClassStatistics, LabelledImages, Task
 from ..merging import adapter_tensors, diagonal_fisher, gaussian_likelihood, learn_merge_weights
 from ..merging.recalibration import recalibrate
 from ..merging.registry import COMBINATIONS
-from ..tuner.config import check_choice
+from ..tuner.head_config import check_choice
 from .adapters import AdapterMethod
 from .analytic import regularised
 
@@ -29,7 +29,12 @@ Objective = Literal["statistics", "labels", "entropy"]
 class MergingArguments:
     """Options of the merge."""
 
-    merge: str = field(default="linear", metadata={"help": "Merge function, as 'linear', 'ties' or 'fisher'."})
+    merge: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Merge function, as 'ties' or 'fisher'; the mean ('linear', of LoRA 'cat') if unset."
+        },
+    )
     merge_options: Optional[str] = field(
         default=None, metadata={"help": "Options of the merge function: a mapping, as JSON, as '{\"density\": 0.5}'."}
     )
@@ -68,16 +73,22 @@ class Merging:
         self.method = method
         self.arguments = method.arguments
         self.options = _options(self.arguments.merge_options)
-        check_choice("merge", self.arguments.merge, COMBINATIONS)
-        function = COMBINATIONS[self.arguments.merge]
+        averaging = method.config.averaging
+        self.combination_type = averaging if self.arguments.merge is None else self.arguments.merge
+        check_choice("merge", self.combination_type, dict.fromkeys([averaging, *COMBINATIONS]))
+        # What PEFT alone has takes the options of a weighted sum: none.
+        function = COMBINATIONS.get(self.combination_type, COMBINATIONS["linear"])
         known = inspect.signature(function.function).parameters
         # What is measured, and what training started from, is filled in at each merge.
         self.measures_fisher, self.takes_base = "fisher" in known, "base" in known
         function.check_options({**self.options, **({"fisher": ()} if self.measures_fisher else {})})
         check_choice("learned_weights", self.arguments.learned_weights, Granularity)
         check_choice("weights_objective", self.arguments.weights_objective, Objective)
-        if self.learns and self.arguments.merge != "linear":
-            raise ValueError(f"learned_weights are those of merge='linear', got merge={self.arguments.merge!r}.")
+        if self.learns and self.combination_type != "linear":
+            raise ValueError(
+                f"learned_weights are those of merge='linear', got merge={self.combination_type!r}"
+                + (", the only exact one for this adapter." if self.arguments.merge is None else ".")
+            )
         self._fisher: list[Any] = []
 
     @property
@@ -110,7 +121,7 @@ class Merging:
             first = adapter_tensors(self.method.model, adapters[0])
             options["base"] = {key: tensor.detach().clone() for key, tensor in first.items()}
         self.method.model.add_weighted_adapter(
-            adapters, adapter_name=merged, combination_type=self.arguments.merge, **options
+            adapters, adapter_name=merged, combination_type=self.combination_type, **options
         )
         self._recalibrate(merged, shown)
 

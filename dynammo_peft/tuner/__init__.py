@@ -1,9 +1,20 @@
 from .config import DynammoConfig
+from .head_config import HeadConfig
 from .layer import DynammoHead, DynammoLayer
+from .lora import DynammoLoraConfig, DynammoLoraModel
 from .model import DynammoModel
 from .registration import register
 
 
-__all__ = ["DynammoConfig", "DynammoHead", "DynammoLayer", "DynammoModel"]
+__all__ = [
+    "DynammoConfig",
+    "DynammoHead",
+    "DynammoLayer",
+    "DynammoLoraConfig",
+    "DynammoLoraModel",
+    "DynammoModel",
+    "HeadConfig",
+]
 
-register(DynammoConfig, DynammoModel)
+register("dynammo", DynammoConfig, DynammoModel)
+register("dynammo_lora", DynammoLoraConfig, DynammoLoraModel)

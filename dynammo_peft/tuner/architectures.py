@@ -29,11 +29,13 @@ class Architecture:
     Args:
         block (`str`): Name of a block with `{}` for its number, without the name of the surrounding model.
         depth (`str`): Attribute of the model's configuration that says how many blocks there are.
+        projections (`tuple[str, ...]`): Name endings of the linear layers or convolutions that get LoRA.
         head (`str`): Name of the classifier.
     """
 
     block: str
     depth: str
+    projections: tuple[str, ...]
     head: str = "classifier"
 
     def target_modules(self, model_config: dict[str, Any]) -> set[str]:
@@ -58,15 +60,18 @@ class Architecture:
         return [self.block.format((place + 1) * depth // places - 1) for place in range(places)]
 
 
+# Queries and values, as PEFT takes them for language models.
+ATTENTION = ("q_proj", "v_proj")
+
 ARCHITECTURES: dict[str, Architecture] = {
-    "vit": Architecture(block="layers.{}", depth="num_hidden_layers"),
-    "deit": Architecture(block="layers.{}", depth="num_hidden_layers"),
-    "dinov2": Architecture(block="encoder.layer.{}", depth="num_hidden_layers"),
-    "dinov2_with_registers": Architecture(block="encoder.layer.{}", depth="num_hidden_layers"),
-    "convnext": Architecture(block="encoder.stages.{}", depth="depths"),
-    "convnextv2": Architecture(block="encoder.stages.{}", depth="depths"),
-    "resnet": Architecture(block="encoder.stages.{}", depth="depths"),
-    "swin": Architecture(block="encoder.layers.{}", depth="depths"),
+    "vit": Architecture(block="layers.{}", depth="num_hidden_layers", projections=ATTENTION),
+    "deit": Architecture(block="layers.{}", depth="num_hidden_layers", projections=ATTENTION),
+    "dinov2": Architecture(block="encoder.layer.{}", depth="num_hidden_layers", projections=ATTENTION),
+    "dinov2_with_registers": Architecture(block="encoder.layer.{}", depth="num_hidden_layers", projections=ATTENTION),
+    "convnext": Architecture(block="encoder.stages.{}", depth="depths", projections=("pwconv1", "pwconv2")),
+    "convnextv2": Architecture(block="encoder.stages.{}", depth="depths", projections=("pwconv1", "pwconv2")),
+    "resnet": Architecture(block="encoder.stages.{}", depth="depths", projections=("convolution",)),
+    "swin": Architecture(block="encoder.layers.{}", depth="depths", projections=ATTENTION),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import Scoring
+from .head_config import Scoring
 
 
 @lru_cache(maxsize=256)
@@ -123,3 +123,18 @@ def set_class_logits(head: nn.Linear, sizes: tuple[int, ...], weight: Tensor, bi
     for parameter, value in ((head.weight, weight), (head.bias, bias)):
         parameter.zero_()
         parameter[classes] = value.to(parameter)
+
+
+@torch.no_grad()
+def class_logits(head: nn.Linear, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The one linear classifier that all heads are together under `"log_odds"`.
+
+    Args:
+        head (`nn.Linear`): All heads, `sum of n_t + 1` outputs.
+        sizes (`tuple[int, ...]`): Number of classes of each head.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: Weight `(N, C)` and bias `(N,)`, in the order of the classes.
+    """
+    classes, others, _ = _columns(sizes, head.weight.device)
+    return head.weight[classes] - head.weight[others], head.bias[classes] - head.bias[others]

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architectures import Site, bottleneck_channels
-from .config import DynammoConfig, Scoring
+from .config import DynammoConfig
 from .features import FeatureTap
-from .heads import score_heads
+from .head_config import HeadConfig, Scoring
+from .heads import class_logits, score_heads
 
 
 CANNOT_FOLD = (
@@ -129,13 +130,6 @@ class DynammoLayer(WrappingLayer):
         self.dynammo_alpha[adapter_name] = nn.Parameter(torch.full((1,), config.init_alpha))
         self._place(adapter_name, config.inference_mode)
 
-    @torch.no_grad()
-    def copy_adapter(self, source: str, target: str) -> None:
-        """Copies parameters and statistics of one adapter to another."""
-        self.dynammo_alpha[target].copy_(self.dynammo_alpha[source])
-        for container in self.containers_of(target):
-            container[target].load_state_dict(container[source].state_dict())
-
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         names = self._own_adapters(self.dynammo_down)
         if names:
@@ -177,7 +171,7 @@ class DynammoHead(WrappingLayer):
     Args:
         base_layer (`nn.Module`): The base model's classifier.
         adapter_name (`str`): Name of the first adapter.
-        config (`DynammoConfig`): Its configuration.
+        config (`HeadConfig`): Its configuration.
         features (`int`): Features that enter the classifier.
         taps (`dict[str, FeatureTap]`): Where the features of the configuration's `feature_modules` come from.
     """
@@ -191,7 +185,7 @@ class DynammoHead(WrappingLayer):
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        config: DynammoConfig,
+        config: HeadConfig,
         features: int,
         taps: dict[str, FeatureTap],
     ) -> None:
@@ -205,7 +199,7 @@ class DynammoHead(WrappingLayer):
         self.dynammo_head = nn.ModuleDict()
         self.update_layer(adapter_name, config)
 
-    def update_layer(self, adapter_name: str, config: DynammoConfig) -> None:
+    def update_layer(self, adapter_name: str, config: HeadConfig) -> None:
         """Adds the heads of an adapter with fresh weights."""
         sizes = config.head_sizes
         self.sizes[adapter_name] = sizes
@@ -244,6 +238,49 @@ class DynammoHead(WrappingLayer):
         if merged in self.dynammo_head:
             for key, parameter in self.dynammo_head[merged].named_parameters():
                 parameter.copy_(torch.cat([self.dynammo_head[name].get_parameter(key) for name in adapters]))
+
+    def check_folds(self) -> None:
+        """Raises a `ValueError` unless a plain classifier can take the place of the active adapters' heads."""
+        for name in self._own_adapters(self.dynammo_head):
+            if self.feature_modules[name]:
+                raise ValueError(
+                    f"The heads of adapter {name!r} read feature_modules={self.feature_modules[name]!r} beside what "
+                    "enters the classifier, which a plain classifier does not; learn with feature_modules=[]."
+                )
+            if self.scoring[name] != "log_odds":
+                raise ValueError(
+                    f"The heads of adapter {name!r} have scoring={self.scoring[name]!r}, which is not linear; learn "
+                    "with scoring='log_odds'."
+                )
+        if self._last_linear() is None:
+            raise ValueError(
+                f"The base model's classifier is a {type(self.base_layer).__name__} without a linear layer at its "
+                "end, so heads cannot take its place."
+            )
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: Optional[list[str]]
+    ) -> nn.Module:
+        """The base model's classifier; if `merge`, with the adapters' heads as its linear layer."""
+        names = self._own_adapters(self.dynammo_head) if adapter_names is None else adapter_names
+        if not merge or not names:
+            return self.base_layer
+        parts = [class_logits(self.dynammo_head[name], self.sizes[name]) for name in names]
+        weight, bias = (torch.cat(values) for values in zip(*parts))
+        linear = nn.Linear(weight.shape[1], len(weight), device="meta").to_empty(device=weight.device)
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+        old = self._last_linear()
+        linear = linear.to(old.weight.dtype).train(old.training)
+        if old is self.base_layer:
+            return linear
+        self.base_layer[-1] = linear
+        return self.base_layer
+
+    def _last_linear(self) -> Optional[nn.Linear]:
+        last = self.base_layer[-1] if isinstance(self.base_layer, nn.Sequential) else self.base_layer
+        return last if isinstance(last, nn.Linear) else None
 
     def _features(self, hidden_states: Tensor, taken: dict[str, Tensor], name: str) -> Tensor:
         """What an adapter's heads read, `(B, C)`."""

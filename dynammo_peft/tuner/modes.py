@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-
-from .layer import WrappingLayer
 
 
 def freeze_mode(module: nn.Module) -> None:
@@ -41,7 +40,7 @@ def adapter_instead(model: nn.Module, name: str) -> Iterator[None]:
 
 @contextmanager
 def _set_on_layers(model: nn.Module, attribute: str, value: Any) -> Iterator[None]:
-    layers = [module for module in model.modules() if isinstance(module, WrappingLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     before = [getattr(layer, attribute) for layer in layers]
     for layer in layers:
         setattr(layer, attribute, value)

@@ -5,24 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-
-from .layer import WrappingLayer
 
 
 def check_adapter_name(model: nn.Module, name: str) -> None:
     """PEFT finds an adapter's tensors by its name between dots: a name of a part of the model would mix them up."""
     if not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
         raise ValueError(f"Adapter name {name!r} may hold letters, digits, '_' and '-' only, as in 'task_000'.")
-    if "dynammo_" in name:
-        raise ValueError(f"Adapter name {name!r} must not hold 'dynammo_', the prefix of this method's tensors.")
-    layers = [key for key, module in model.named_modules() if isinstance(module, WrappingLayer)]
+    for prefix in ("dynammo_", "lora_"):
+        if prefix in name:
+            raise ValueError(f"Adapter name {name!r} must not hold {prefix!r}, a prefix of adapters' tensors.")
+    layers = [key for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     taken = {"base_model", "base_layer", "model", "modules_to_save", "original_module", "weight", "bias"}
     taken.update(nn.BatchNorm2d(1).state_dict())
     for key in model.state_dict():
-        owner = next((layer for layer in layers if key.startswith(f"{layer}.dynammo_")), None)
-        # Inside a tuner layer's containers the other adapters' names stand, which are no obstacle.
-        taken.update((owner or key).split("."))
+        owner = next((layer for layer in layers if key.startswith(f"{layer}.")), None)
+        path = key.split(".")
+        if owner is not None and not key.startswith(f"{owner}.base_layer."):
+            # Behind a tuner layer's container the other adapters' names stand, which are no obstacle.
+            path = path[: owner.count(".") + 2]
+        taken.update(path)
     if name in taken:
         raise ValueError(
             f"Adapter name {name!r} is the name of a part of the model and its tensors would be mixed up when saved; "
@@ -32,7 +35,7 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names of the modules of the base model, as if there were no tuner layers."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, WrappingLayer)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in model.named_modules():
         if name and not any(name.startswith(f"{layer}.") for layer in layers):
             yield name, module

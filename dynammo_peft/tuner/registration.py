@@ -1,8 +1,8 @@
-"""Makes PEFT know the method: `PeftType.DYNAMMO` and PEFT's maps.
+"""Makes PEFT know the methods: `PeftType.DYNAMMO`, `PeftType.DYNAMMO_LORA` and PEFT's maps.
 
 `register_peft_method` accepts a method only if `PeftType` already has a member of its name, and `PeftType` has no hook
-for new ones. A plain string in its place breaks `get_model_status` and transformers' adapter functions, so one real
-member is added here, and nowhere else.
+for new ones. A plain string in its place breaks `get_model_status` and transformers' adapter functions, so real
+members are added here, and nowhere else.
 """
 
 from __future__ import annotations
@@ -35,8 +35,14 @@ def extend_peft_type(name: str) -> PeftType:
     return member
 
 
-def register(config_cls: type, model_cls: type) -> None:
-    """Registers the method with PEFT; importing the package twice or reloading it does no harm."""
-    peft_type = extend_peft_type("DYNAMMO")
+def register(name: str, config_cls: type, model_cls: type) -> None:
+    """Registers a method with PEFT; importing the package twice or reloading it does no harm.
+
+    Args:
+        name (`str`): Of the method, lower case.
+        config_cls (`type`): Its configuration.
+        model_cls (`type`): Its tuner.
+    """
+    peft_type = extend_peft_type(name.upper())
     if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name="dynammo", config_cls=config_cls, model_cls=model_cls)
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)

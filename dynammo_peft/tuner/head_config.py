@@ -1,0 +1,111 @@
+"""What the configurations of all task adapters have in common: the head and what it reads."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Optional, Union
+
+from peft.config import PeftConfig
+
+
+Scoring = Literal["log_odds", "min_others"]
+Preset = Literal["default", "paper"]
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raises a `ValueError` naming `name` and the possible values unless `value` is one of `choices`."""
+    options = typing.get_args(choices) or tuple(choices)
+    if value not in options:
+        raise ValueError(f"{name}={value!r} does not exist; choose one of {', '.join(map(repr, options))}.")
+
+
+@dataclass
+class HeadConfig(PeftConfig):
+    """
+    The part of a task adapter's configuration that describes its classifier head.
+
+    Args:
+        head_module (`Optional[str]`):
+            Name of the classifier that the task's head stands in for. If `None`, it follows from the model type.
+        feature_modules (`Optional[list[str]]`):
+            Names of modules whose outputs, averaged over the image, the head reads beside what enters the classifier.
+            If `None`, they follow from the model type: each stage but the last of a hierarchical backbone, up to six
+            evenly spaced blocks of a plain transformer. `[]` (paper): none.
+        classes (`Optional[Union[list[str], list[list[str]]]]`):
+            Class names of the head, in the order of its logits; a list of lists for several heads (the merged
+            adapter). If `None`, the model keeps its own classifier, frozen.
+        image_size (`Optional[Union[int, list[int]]]`):
+            Height and width of the input images, in pixels. If `None`, that of the base model's configuration, else
+            224. Position embeddings are interpolated to it where the base model can.
+        scoring (`Optional[Literal["log_odds", "min_others"]]`):
+            How several heads give one tensor of logits. `"log_odds"` (default): each class's logit minus its head's
+            "others" logit. `"min_others"` (Qazi et al. 2024, section 2.4): the head with the least "others"
+            probability decides.
+        merge_weights (`Optional[dict[str, Any]]`):
+            With which weights a merged adapter was made, where they were learned: what
+            [`~dynammo_peft.merging.MergeWeights.from_dict`] reads. It documents, and changes nothing.
+    """
+
+    # Adapters that differ in one of these do not fit together.
+    build_fields: ClassVar[tuple[str, ...]] = ()
+    # The `combination_type` that averages what the adapters compute, or comes closest to it.
+    averaging: ClassVar[str] = "linear"
+    # Whether the backbone's weights can take the adapter up.
+    folds: ClassVar[bool] = False
+    preset: ClassVar[Preset] = "default"
+
+    head_module: Optional[str] = field(
+        default=None, metadata={"help": "Name of the base model's classifier; follows from the model type if unset."}
+    )
+    feature_modules: Optional[list[str]] = field(
+        default=None,
+        metadata={"help": "Modules whose pooled outputs the head reads too; by model type if unset, none if empty."},
+    )
+    classes: Optional[Union[list[str], list[list[str]]]] = field(
+        default=None, metadata={"help": "Class names of the head in the order of its logits; a list per head."}
+    )
+    image_size: Optional[Union[int, list[int]]] = field(
+        default=None, metadata={"help": "Height and width of the images in pixels; the base model's if unset."}
+    )
+    scoring: Optional[Scoring] = field(
+        default=None, metadata={"help": "How heads are compared: 'log_odds' (default) or 'min_others' (paper)."}
+    )
+    merge_weights: Optional[dict[str, Any]] = field(
+        default=None, metadata={"help": "Learned weights with which a merged adapter was made; only documents."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scoring is None:
+            self.scoring = "log_odds"
+        check_choice("scoring", self.scoring, Scoring)
+        if self.feature_modules is not None:
+            self.feature_modules = list(self.feature_modules)
+        self.classes = _as_heads(self.classes)
+
+    @property
+    def head_sizes(self) -> tuple[int, ...]:
+        """Number of classes of each head, without "others"."""
+        return tuple(len(head) for head in self.classes or ())
+
+    @property
+    def class_names(self) -> list[str]:
+        """All class names in the order of the logits."""
+        return [name for head in self.classes or () for name in head]
+
+
+def _as_heads(classes: Optional[Union[list[str], list[list[str]]]]) -> Optional[list[list[str]]]:
+    """One list of class names a head; names must be strings and differ."""
+    if classes is None:
+        return None
+    heads = [list(classes)] if all(isinstance(name, str) for name in classes) else [list(head) for head in classes]
+    names = [name for head in heads for name in head]
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"classes must hold class names (strings), got {name!r}.")
+        if names.count(name) > 1:
+            raise ValueError(f"Class {name!r} stands more than once in classes; each class needs a name of its own.")
+    if not heads or not all(heads):
+        raise ValueError("classes holds a head without a class; give each head at least one class name.")
+    return heads

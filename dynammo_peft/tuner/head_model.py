@@ -1,0 +1,308 @@
+"""What the tuners of all task adapters have in common: heads beside the base model's classifier."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Optional, Union
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..merging import adapter_tensors, set_adapter_tensors
+from .architectures import ARCHITECTURES, Probe, probe
+from .features import FeatureTap
+from .head_config import HeadConfig, check_choice
+from .image_size import ImageSizeHook, as_pair
+from .labels import BaseLabels
+from .layer import DynammoHead, HeadOutput
+from .modes import adapters_bypassed, freeze_mode
+from .names import base_modules, check_adapter_name, find_base_module
+
+
+class HeadTuner(BaseTuner):
+    """
+    A tuner whose adapters bring classifier heads along.
+
+    To be combined with a tuner of PEFT, or to be completed by one that says what it puts into the backbone. The
+    backbone is frozen and stays in evaluation mode while adapters are trained.
+    """
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_adapter_name(model, adapter_name)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # Only now is it settled what is trained.
+        self.train(model.training)
+
+    def _prepare_adapter_config(self, peft_config: HeadConfig, model_config: dict) -> HeadConfig:
+        model_type = model_config.get("model_type")
+        architecture = ARCHITECTURES.get(model_type)
+        if architecture is None:
+            missing = ["`target_modules` (its blocks)"] if peft_config.target_modules is None else []
+            if peft_config.classes is not None and peft_config.head_module is None:
+                missing.append("`head_module` (its classifier)")
+            if missing:
+                raise ValueError(
+                    f"Model type {model_type!r} is not known; set {' and '.join(missing)} in the "
+                    f"{type(peft_config).__name__}. Known: {', '.join(ARCHITECTURES)}."
+                )
+            peft_config.feature_modules = peft_config.feature_modules or []
+            return peft_config
+        if peft_config.target_modules is None:
+            peft_config.target_modules = self._default_targets(model_config)
+        if peft_config.head_module is None:
+            peft_config.head_module = architecture.head
+        if peft_config.classes is None:
+            peft_config.feature_modules = []
+        elif peft_config.feature_modules is None:
+            peft_config.feature_modules = architecture.feature_modules(model_config)
+        return peft_config
+
+    def _default_targets(self, model_config: dict[str, Any]) -> set[str]:
+        """Which modules of a known model type get adapters."""
+        raise NotImplementedError
+
+    def _prepare_model(self, peft_config: HeadConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        if not hasattr(self, "_probe"):
+            self._base_labels = BaseLabels(model)
+        self._probe: Probe = self._probe_parts(peft_config, model, [])
+
+    def _probe_parts(self, peft_config: HeadConfig, model: nn.Module, blocks: Sequence[str]) -> Probe:
+        """What enters and leaves blocks and classifier; each set of them and image size is probed once."""
+        size = peft_config.image_size or getattr(getattr(model, "config", None), "image_size", None) or 224
+        peft_config.image_size = list(as_pair(size))
+        head = next((name for name, _ in base_modules(model) if self._is_head(peft_config, name)), None)
+        if head is None and peft_config.classes is not None:
+            raise ValueError(
+                f"The base model has no module {peft_config.head_module!r} for the head; load it with "
+                f"AutoModelForImageClassification or set head_module in the {type(peft_config).__name__}."
+            )
+        feature_modules = {name: find_base_module(model, name) for name in peft_config.feature_modules}
+        known = getattr(self, "_probe", None)
+        enough = known is not None and set(blocks) <= set(known.sites) and (head is None or known.features is not None)
+        if enough and set(feature_modules) <= set(known.outputs) and known.image_size == as_pair(size):
+            return replace(known, sites={name: known.sites[name] for name in blocks})
+        with adapters_bypassed(model):
+            return probe(model, blocks, head, as_pair(size), feature_modules)
+
+    def _taps(self, names: Sequence[str], taps: dict[str, FeatureTap]) -> dict[str, FeatureTap]:
+        """A tap on each of the modules; those that are there already are used again."""
+        for name in names:
+            if name not in taps:
+                path = find_base_module(self.model, name)
+                taps[name] = FeatureTap(self.model.get_submodule(path), self._probe.outputs[name])
+        return taps
+
+    @staticmethod
+    def _is_head(peft_config: HeadConfig, key: str) -> bool:
+        return peft_config.head_module is not None and key == peft_config.head_module
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: HeadConfig, key: str) -> bool | re.Match[str] | None:
+        if HeadTuner._is_head(peft_config, key):
+            return peft_config.classes is not None
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: HeadConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+    ) -> None:
+        if isinstance(target, DynammoHead):
+            self._taps(peft_config.feature_modules, target.taps)
+            target.update_layer(adapter_name, peft_config)
+        elif self._is_head(peft_config, current_key):
+            taps = self._taps(peft_config.feature_modules, {})
+            layer = DynammoHead(target, adapter_name, peft_config, self._probe.features, taps)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            # A new module is in training mode, also in a model in evaluation mode.
+            layer.training = target.training
+            setattr(parent, target_name, layer)
+        else:
+            super()._create_and_replace(
+                peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=parameter_name
+            )
+
+    def train(self, mode: bool = True) -> HeadTuner:
+        """Training mode for what is trained; a frozen backbone or adapter stays in evaluation mode.
+
+        Otherwise the running statistics of a frozen BatchNorm would drift, and they are not saved with the adapter.
+        """
+        super().train(mode)
+        if mode:
+            # The model itself keeps its flag: it is the mode that was asked for, to which `set_adapter` returns.
+            for child in self.model.children():
+                freeze_mode(child)
+        return self
+
+    def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        # What is trained has changed, and so have the modes; an adapter that becomes active may have been idle.
+        self.train(self.model.training)
+        self._sync_labels(self.active_adapters)
+
+    def enable_adapter_layers(self) -> None:
+        super().enable_adapter_layers()
+        self._sync_labels(self.active_adapters)
+
+    def disable_adapter_layers(self) -> None:
+        super().disable_adapter_layers()
+        self._sync_labels([])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._sync_labels(self.active_adapters)
+
+    def unload(self) -> nn.Module:
+        self._detach()
+        self._sync_labels([])
+        return super().unload()
+
+    def _detach(self) -> None:
+        """Removes the hooks that this tuner put into the base model."""
+        ImageSizeHook.of(self.model).handle.remove()
+        if self.head is not None:
+            for tap in self.head.taps.values():
+                tap.handle.remove()
+
+    def _sync_labels(self, adapters: Sequence[str]) -> None:
+        """Makes the base model's configuration name the classes whose logits it gives now."""
+        head = self.head
+        if head is None or head.disable_adapters:
+            adapters = []
+        self._base_labels.show([name for adapter in adapters for name in self.peft_config[adapter].class_names])
+
+    @property
+    def head(self) -> Optional[DynammoHead]:
+        """The layer that holds the heads, or `None` if no adapter has classes."""
+        return next((module for module in self.model.modules() if isinstance(module, DynammoHead)), None)
+
+    @contextmanager
+    def head_output(self, output: HeadOutput) -> Iterator[None]:
+        """Makes the model's `logits` something else for a while.
+
+        Args:
+            output (`Literal["scores", "logits", "last_layer_logits", "last_layer_logits+features", "features"]`):
+                `"scores"`: logits over the classes `(B, N)`, as ever. `"logits"`: the raw logits of all heads, with
+                "others", `(B, sum of n_t + 1)`, for training. `"last_layer_logits"`: the part of them that comes from
+                what enters the classifier, without further layers, for training adapters all the way through the
+                backbone. `"features"`: what the heads read, `(B, C)`; with a `+`, one behind the other.
+        """
+        check_choice("output", output, HeadOutput)
+        head = self.head
+        if head is None:
+            raise ValueError("The model has no head; give the configuration the `classes` of the task.")
+        before, head.output = head.output, output
+        try:
+            yield
+        finally:
+            head.output = before
+
+    def set_backbone_requires_grad(self, requires_grad: bool) -> None:
+        """Makes the backbone trainable or frozen; adapters, heads and the base model's own classifier stay so.
+
+        Args:
+            requires_grad (`bool`): Whether the backbone shall be trained.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        spared = {
+            id(parameter)
+            for layer in layers
+            for key, parameter in layer.named_parameters()
+            if isinstance(layer, DynammoHead) or not key.startswith("base_layer.")
+        }
+        for key, module in base_modules(self.model):
+            is_head = any(self._is_head(config, key) for config in self.peft_config.values())
+            if is_head or isinstance(module, AuxiliaryTrainingWrapper):
+                spared.update(id(parameter) for parameter in module.parameters())
+        # A block of one adapter may lie inside a block of another: what is an adapter's anywhere is spared.
+        for parameter in self.model.parameters():
+            if id(parameter) not in spared:
+                parameter.requires_grad_(requires_grad)
+        self.train(self.model.training)
+
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Copies the backbone's adapters of `source`, with their statistics, to `target`; heads are not copied.
+
+        Args:
+            source (`str`): Name of the adapter to copy from.
+            target (`str`): Name of the adapter to copy to.
+
+        Raises:
+            ValueError: If one does not exist, or they differ in what they are attached to or in shape.
+        """
+        self._check_alike([source, target])
+        set_adapter_tensors(self, target, adapter_tensors(self, source))
+
+    def create_merged_adapter(self, adapters: list[str], adapter_name: str, **changes: Any) -> None:
+        """Adds a frozen adapter with the heads of others side by side; its blocks' adapters are fresh.
+
+        Args:
+            adapters (`list[str]`): Names of the adapters, in the order in which their classes shall stand.
+            adapter_name (`str`): Name of the new adapter.
+            changes: Fields in which its configuration differs from the first adapter's.
+
+        Raises:
+            ValueError: If an adapter does not exist or is built differently from the first, a class belongs to two of
+                them, or there is an adapter of the new name already.
+        """
+        self.check_mergeable(adapters, adapter_name)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name!r} exists already; choose another adapter_name.")
+        self.peft_config[adapter_name] = self._merged_config(adapters, **changes)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        self._cast_adapter_dtype(adapter_name)
+        if self.head is not None:
+            self.head.concatenate_heads(adapters, adapter_name)
+
+    def check_mergeable(self, adapters: list[str], adapter_name: str) -> None:
+        """Raises a `ValueError` unless `create_merged_adapter` can make an adapter of others.
+
+        Args:
+            adapters (`list[str]`): Names of the adapters.
+            adapter_name (`str`): Name of the new adapter.
+        """
+        if not adapters:
+            raise ValueError("No adapters to merge; name at least one.")
+        if adapter_name in adapters:
+            raise ValueError(f"Adapter {adapter_name!r} cannot be merged into itself; choose another adapter_name.")
+        # Before the comparison of fields, of which some follow from having a head.
+        if len({self.peft_config[name].classes is None for name in adapters if name in self.peft_config}) > 1:
+            raise ValueError(f"Of adapters {', '.join(adapters)} only some have a head; give all of them `classes`.")
+        self._check_alike(adapters)
+        # Raises if two adapters have a class in common.
+        self._merged_config(adapters)
+
+    def _merged_config(self, adapters: list[str], **changes: Any) -> HeadConfig:
+        heads = [head for name in adapters for head in self.peft_config[name].classes or ()]
+        first = self.peft_config[adapters[0]]
+        return replace(first, classes=heads or None, inference_mode=True, merge_weights=None, **changes)
+
+    def _check_alike(self, adapters: list[str]) -> None:
+        """Raises a `ValueError` unless all adapters exist and are built as the first."""
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name!r} does not exist; there are {', '.join(self.peft_config)}.")
+        first = self.peft_config[adapters[0]]
+        for name in adapters[1:]:
+            config = self.peft_config[name]
+            for field in first.build_fields:
+                if getattr(config, field) != getattr(first, field):
+                    raise ValueError(
+                        f"Adapters {adapters[0]!r} and {name!r} differ in {field} ({getattr(first, field)!r} and "
+                        f"{getattr(config, field)!r}); give both the same."
+                    )

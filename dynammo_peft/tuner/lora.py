@@ -1,0 +1,170 @@
+"""LoRA as the task adapter: linear, so that the merged one folds into the backbone's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Optional
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import nn
+
+from ..merging import merge_adapters
+from ..merging.registry import COMBINATIONS
+from ..merging.state import adapter_replaced
+from .architectures import ARCHITECTURES
+from .head_config import HeadConfig, check_choice
+from .head_model import HeadTuner
+from .image_size import ImageSizeHook
+from .layer import DynammoHead
+from .registration import extend_peft_type
+
+
+@dataclass
+class DynammoLoraConfig(HeadConfig, LoraConfig):
+    """
+    Configuration of a [`DynammoLoraModel`]: PEFT's [`~peft.LoraConfig`] and a task's classifier head ([`HeadConfig`]).
+
+    With `feature_modules=[]` the merged adapter and its heads fold into a plain model of transformers
+    (`merge_and_unload`). If `target_modules` is `None`, queries and values of attention get LoRA, the pointwise
+    layers of a ConvNeXt, or all convolutions of a ResNet.
+    """
+
+    build_fields: ClassVar[tuple[str, ...]] = (
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "r",
+        "rank_pattern",
+        "lora_alpha",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+        "fan_in_fan_out",
+        "feature_modules",
+    )
+    averaging: ClassVar[str] = "cat"
+    folds: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type("DYNAMMO_LORA")
+        # What depends on the base weights or trains some of them cannot be averaged over tasks.
+        if self.bias != "none":
+            raise ValueError(f"bias={self.bias!r} trains biases that all tasks share; use bias='none'.")
+        if self.use_dora:
+            raise ValueError("use_dora=True scales the base weights, which no average over tasks can; use plain LoRA.")
+
+
+class DynammoLoraModel(HeadTuner, LoraModel):
+    """
+    A backbone with PEFT's LoRA as task adapters, and task heads as a [`DynammoModel`] has them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The image classifier to be adapted.
+        config ([`DynammoLoraConfig`]): The configuration of the first adapter.
+        adapter_name (`str`): Its name, by convention `task_000`; defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Create empty adapter weights on the meta device.
+
+    Returns:
+        `torch.nn.Module`: The adapted model.
+
+    Example:
+
+        ```py
+        >>> model = get_peft_model(base, DynammoLoraConfig(classes=["basophil", "eosinophil"], r=8), "task_000")
+        >>> model.add_adapter("task_001", DynammoLoraConfig(classes=["lymphocyte", "monocyte"], r=8))
+        >>> model.add_weighted_adapter(["task_000", "task_001"], adapter_name="merged")
+        >>> model.set_adapter("merged")
+        >>> plain = model.merge_and_unload()  # a model of transformers that names four classes
+        ```
+    """
+
+    tuner_layer_cls = (LoraLayer, DynammoHead)
+
+    def _default_targets(self, model_config: dict[str, Any]) -> set[str]:
+        return set(ARCHITECTURES[model_config["model_type"]].projections)
+
+    def _prepare_model(self, peft_config: DynammoLoraConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        # Fits position embeddings to the images.
+        ImageSizeHook.of(model)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: Optional[list[float]] = None,
+        adapter_name: str = "merged",
+        combination_type: str = "cat",
+        **options: Any,
+    ) -> None:
+        """
+        Merges adapters into a new one, in the manner of `LoraModel`; heads are placed side by side.
+
+        Args:
+            adapters (`list[str]`): Names of the adapters, in the order in which their classes shall stand.
+            weights (`list[float]`, *optional*): A weight for each; 1 / T if `None`.
+            adapter_name (`str`): Name of the new adapter, defaults to `"merged"`.
+            combination_type (`str`):
+                `"cat"`: the weighted sum of what the adapters add to the base weights, exactly; the rank grows with
+                the number of adapters, and is gone once folded. Or a key of [`~dynammo_peft.merging.COMBINATIONS`],
+                which combine the factors and are an approximation only.
+            options: Options of that function, as `density` of `"ties"`.
+
+        Raises:
+            ValueError: If an adapter does not exist or is built differently from the first, a class belongs to two of
+                them, weights are unusable, or the combination type or an option does not exist.
+        """
+        check_choice("combination_type", combination_type, ("cat", *COMBINATIONS))
+        if combination_type != "cat":
+            merge_adapters(self, adapters, weights, adapter_name, combination_type, **options)
+            return
+        COMBINATIONS["linear"].check_options(options)
+        self.check_mergeable(adapters, adapter_name)
+        mixture = COMBINATIONS["linear"].check_weights(weights, len(adapters))
+        with adapter_replaced(self, adapter_name, active_instead=adapters[0]):
+            self._concatenate(adapters, mixture.tolist(), adapter_name)
+
+    @torch.no_grad()
+    def _concatenate(self, adapters: Sequence[str], weights: Sequence[float], merged: str) -> None:
+        """Makes an adapter whose factors are those of the others one after the other, and its scaling 1."""
+        first = self.peft_config[adapters[0]]
+        ranks = {key: rank * len(adapters) for key, rank in first.rank_pattern.items()}
+        rank = first.r * len(adapters)
+        changes = {"r": rank, "rank_pattern": ranks, "lora_alpha": rank, "alpha_pattern": ranks, "use_rslora": False}
+        self.create_merged_adapter(list(adapters), merged, **changes)
+        for layer in self.model.modules():
+            if not isinstance(layer, LoraLayer) or merged not in layer.lora_A:
+                continue
+            downs = [
+                weight * layer.scaling[name] * layer.lora_A[name].weight for name, weight in zip(adapters, weights)
+            ]
+            layer.lora_A[merged].weight.copy_(torch.cat(downs, dim=0))
+            layer.lora_B[merged].weight.copy_(torch.cat([layer.lora_B[name].weight for name in adapters], dim=1))
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if self.head is not None:
+            self.head.check_folds()
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model with the active adapter in its weights and its heads as the classifier.
+
+        Args:
+            args: As of `LoraModel.merge_and_unload`.
+            kwargs: As of `LoraModel.merge_and_unload`.
+
+        Raises:
+            ValueError: If heads read more than what enters the classifier, or are no linear classifier together.
+        """
+        self._check_merge_allowed()
+        names = [name for adapter in self.active_adapters for name in self.peft_config[adapter].class_names]
+        self._detach()
+        plain = super().merge_and_unload(*args, **kwargs)
+        self._base_labels.show(names)
+        if names and hasattr(plain, "num_labels"):
+            plain.num_labels = len(names)
+        return plain

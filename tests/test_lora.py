@@ -1,0 +1,231 @@
+import copy
+
+import pytest
+import torch
+from peft import AutoPeftModel, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tiny import CONFIGS, tiny_dataset, tiny_images, tiny_model, tiny_processor
+
+import dynammo_peft as dp
+from dynammo_peft import DynammoLoraConfig
+from dynammo_peft.tuner.heads import class_logits
+
+
+def config(classes, **options):
+    return DynammoLoraConfig(classes=classes, **{"r": 4, "feature_modules": [], **options})
+
+
+def two_tasks(name="vit", weights=None, combination_type="cat", **options):
+    """Two trained-looking adapters and their merge, active and frozen."""
+    model = get_peft_model(tiny_model(name), config(["a", "b"], **options), "task_000")
+    model.add_adapter("task_001", config(["c", "d", "e"], **options))
+    scramble(model)
+    model.add_weighted_adapter(["task_000", "task_001"], weights, "merged", combination_type)
+    model.set_adapter("merged", inference_mode=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def scramble(model):
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "dynammo_head" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 5)
+
+
+def lora_layers(model):
+    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_gets_lora_by_default_and_folds(name):
+    model, images = two_tasks(name), tiny_images(name)
+    with torch.no_grad():
+        logits = model(pixel_values=images).logits
+        plain = copy.deepcopy(model).merge_and_unload()
+        assert logits.shape == (2, 5)
+        assert not any("lora" in key or "dynammo" in key for key in plain.state_dict())
+        difference = (plain(pixel_values=images).logits - logits).abs().max()
+    assert difference < 1e-5 * logits.abs().max()
+    assert plain.config.id2label == dict(enumerate("abcde"))
+    assert plain.num_labels == plain.config.num_labels == 5
+    assert type(plain) is type(tiny_model(name))
+
+
+def test_only_queries_and_values_of_a_transformer_are_adapted():
+    names = {key.rsplit(".", 1)[-1] for key, module in two_tasks().named_modules() if isinstance(module, LoraLayer)}
+    assert names == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("weights", [None, [1.5, -0.25]])
+@pytest.mark.parametrize("options", [{}, {"lora_alpha": 16}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}])
+def test_cat_is_the_weighted_sum_of_what_the_adapters_add(weights, options):
+    model = two_tasks(weights=weights, **options)
+    for layer in lora_layers(model):
+        parts = [layer.get_delta_weight(name) for name in ("task_000", "task_001")]
+        expected = sum(weight * part for weight, part in zip(weights or [0.5, 0.5], parts))
+        torch.testing.assert_close(layer.get_delta_weight("merged"), expected)
+
+
+def test_cat_merges_convolutions():
+    model = two_tasks("resnet_basic", weights=[0.25, 0.5])
+    layer = lora_layers(model)[1]
+    expected = 0.25 * layer.get_delta_weight("task_000") + 0.5 * layer.get_delta_weight("task_001")
+    torch.testing.assert_close(layer.get_delta_weight("merged"), expected)
+
+
+def test_other_functions_combine_the_factors():
+    model = two_tasks(combination_type="uniform")
+    for layer in lora_layers(model):
+        own = [layer.lora_B[name].weight for name in ("task_000", "task_001")]
+        assert layer.lora_B["merged"].weight.shape == own[0].shape
+
+
+def test_merging_again_replaces_the_merged_adapter():
+    model = two_tasks()
+    model.add_adapter("task_002", config(["f"]))
+    model.add_weighted_adapter(["task_000", "task_001", "task_002"], adapter_name="merged")
+    assert model.peft_config["merged"].r == 12
+    assert model.peft_config["merged"].class_names == list("abcdef")
+    assert model.active_adapter == "merged"
+
+
+def test_a_failed_merge_leaves_the_old_one(monkeypatch):
+    model, images = two_tasks(), tiny_images("vit")
+    before = model(pixel_values=images).logits
+    monkeypatch.setattr(type(model.base_model), "_concatenate", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.add_weighted_adapter(["task_000"], adapter_name="merged")
+    torch.testing.assert_close(model(pixel_values=images).logits, before, rtol=0, atol=0)
+
+
+def test_heads_stand_side_by_side_and_the_base_model_stays():
+    model, images = two_tasks(), tiny_images("vit")
+    head = model.base_model.head
+    joined = torch.cat([head.dynammo_head[name].weight for name in ("task_000", "task_001")])
+    assert torch.equal(head.dynammo_head["merged"].weight, joined)
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(model(pixel_values=images).logits, tiny_model("vit")(pixel_values=images).logits)
+        assert model.config.id2label == tiny_model("vit").config.id2label
+
+
+def test_only_the_active_adapter_and_its_head_are_trained():
+    model = two_tasks()
+    model.set_adapter("task_001")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all(".task_001." in name for name in trained)
+    assert {"lora_A", "lora_B", "dynammo_head"} == {name.split(".task_001")[0].split(".")[-1] for name in trained}
+    model.train()
+    block = model.get_base_model().vit.layers[0]
+    assert not block.layernorm_before.training
+    assert not block.mlp.training
+
+
+def test_saved_and_loaded(tmp_path):
+    model, images = two_tasks("deit"), tiny_images("deit")
+    tiny_model("deit").save_pretrained(tmp_path / "base")
+    for entry in model.peft_config.values():
+        entry.base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path, selected_adapters=["merged"], save_embedding_layers=False)
+    expected = model(pixel_values=images).logits
+    again = PeftModel.from_pretrained(tiny_model("deit"), tmp_path / "merged").eval()
+    assert torch.equal(again(pixel_values=images).logits, expected)
+    loaded = PeftConfig.from_pretrained(tmp_path / "merged")
+    assert isinstance(loaded, DynammoLoraConfig)
+    assert loaded.peft_type is PeftType.DYNAMMO_LORA
+    assert torch.equal(AutoPeftModel.from_pretrained(tmp_path / "merged")(pixel_values=images).logits, expected)
+
+
+def test_class_logits_are_the_log_odds():
+    head = torch.nn.Linear(6, 7)
+    weight, bias = class_logits(head, (2, 3))
+    raw = head.weight
+    expected = torch.stack([raw[0] - raw[2], raw[1] - raw[2], raw[3] - raw[6], raw[4] - raw[6], raw[5] - raw[6]])
+    assert torch.equal(weight, expected)
+    assert bias.shape == (5,)
+
+
+@pytest.fixture(scope="module")
+def scenario():
+    return dp.ClassIncrementalScenario(
+        tiny_dataset(classes=6, per_class=10, size=32),
+        tiny_dataset(classes=6, per_class=5, size=32, seed=5),
+        tiny_processor(),
+        classes_per_task=2,
+        progress=False,
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_size": 0}, {"first_session": True}, {"merge": "uniform"}])
+def test_learns_with_lora(scenario, options):
+    arguments = dp.DynammoArguments(**{"adapter_epochs": 2, "memory_size": 12, **options})
+    method = dp.Dynammo(tiny_model("vit"), arguments, DynammoLoraConfig(r=2, feature_modules=[]))
+    results = dp.Learner(method, progress=False).fit(scenario)
+    assert results.metrics()["last_accuracy"] > 0.9
+    rank = 2 if options.get("merge") else 6
+    assert method.model.peft_config["merged"].r == rank
+    images = tiny_images("vit", 4)
+    expected = method.model(pixel_values=images).logits
+    plain = copy.deepcopy(method.model).merge_and_unload()
+    torch.testing.assert_close(plain(pixel_values=images).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_acl_and_layers_of_features_work_with_lora(scenario):
+    acl = dp.ACL(
+        tiny_model("vit"), dp.AdapterMethodArguments(adapter_epochs=1, memory_size=12), DynammoLoraConfig(r=2)
+    )
+    assert len(dp.Learner(acl, progress=False).fit(scenario).seconds) == 3
+    arguments = dp.DynammoArguments(adapter_epochs=1, memory_size=12)
+    method = dp.Dynammo(tiny_model("vit"), arguments, DynammoLoraConfig(r=2))
+    dp.Learner(method, progress=False).fit(scenario)
+    assert method.model.base_model.head.dynammo_head["merged"].in_features == 32 * 6
+    with pytest.raises(ValueError, match="feature_modules=.*plain classifier"):
+        method.model.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"scoring": "odds"}, "scoring='odds'"),
+        ({"classes": ["a", "a"]}, "Class 'a' stands more than once"),
+    ],
+)
+def test_bad_configuration(options, message):
+    with pytest.raises(ValueError, match=message):
+        DynammoLoraConfig(**options)
+
+
+def test_bad_merges():
+    model = two_tasks()
+    model.add_adapter("wide", config(["f"], r=8))
+    with pytest.raises(ValueError, match=r"'task_000' and 'wide' differ in r \(4 and 8\)"):
+        model.add_weighted_adapter(["task_000", "wide"], adapter_name="both")
+    with pytest.raises(ValueError, match="combination_type='svd' does not exist; choose one of 'cat', 'linear'"):
+        model.add_weighted_adapter(["task_000", "task_001"], adapter_name="both", combination_type="svd")
+    with pytest.raises(ValueError, match="1 weights for 2 adapters"):
+        model.add_weighted_adapter(["task_000", "task_001"], [1.0], adapter_name="both")
+    with pytest.raises(ValueError, match="no option 'density'"):
+        model.add_weighted_adapter(["task_000", "task_001"], adapter_name="both", density=0.5)
+    with pytest.raises(ValueError, match="'nobody' does not exist"):
+        model.add_weighted_adapter(["task_000", "nobody"], adapter_name="both")
+
+
+def test_heads_that_are_not_linear_do_not_fold():
+    model = two_tasks(scoring="min_others")
+    with pytest.raises(ValueError, match="scoring='min_others', which is not linear"):
+        model.merge_and_unload()
+    assert model(pixel_values=tiny_images("vit")).logits.shape == (2, 5)
+
+
+def test_learned_weights_are_refused():
+    arguments = dp.DynammoArguments(learned_weights="task")
+    with pytest.raises(ValueError, match="merge='linear', got merge='cat', the only exact one"):
+        dp.Dynammo(tiny_model("vit"), arguments, DynammoLoraConfig())
+
+
+def test_adapter_names_that_would_be_mixed_up_are_refused():
+    with pytest.raises(ValueError, match="'lora_'"):
+        get_peft_model(tiny_model("vit"), config(["a"]), "lora_task")
