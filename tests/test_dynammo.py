@@ -231,10 +231,8 @@ def test_statistics_follow_the_merge_by_the_fitted_map(scenario, heads, memory_s
 
     # Ridge regression to the identity, as an ordinary one with rows that ask for the identity.
     centred, target = before - before.mean(dim=0), after - after.mean(dim=0)
-    strength = 0.5 * centred.square().sum() / centred.shape[1]
-    identity = torch.eye(centred.shape[1], dtype=torch.float64)
-    rows = torch.cat([centred, strength.sqrt() * identity])
-    weight = torch.linalg.lstsq(rows, torch.cat([target, strength.sqrt() * identity])).solution
+    stay = torch.diag((0.5 * centred.square().sum(dim=0)).sqrt())
+    weight = torch.linalg.lstsq(torch.cat([centred, stay]), torch.cat([target, stay])).solution
     errors = target - centred @ weight
     residual = errors.T @ errors / len(errors)
 
@@ -252,7 +250,7 @@ def test_statistics_follow_the_merge_by_the_fitted_map(scenario, heads, memory_s
         expected = (moved + sum(spreads.values())) / 32
         torch.testing.assert_close(method.statistics.pooled_covariance(), expected, rtol=1e-4, atol=1e-5)
     else:
-        none = torch.zeros_like(identity)
+        none = torch.zeros_like(weight)
         for label in scenario[0].classes:
             expected = weight.T @ old.class_covariance(label, none, 0.0) @ weight + residual
             found = method.statistics.class_covariance(label, none, 0.0)

@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 
-from dynammo_peft.data import AffineMap, ClassStatistics, fit_affine_map
+from dynammo_peft.data import AffineMap, ClassStatistics, choose_ridge, fit_affine_map
+from dynammo_peft.data.drift import RIDGES
 
 
 def drawn(count=90, features=5, classes=3, seed=0):
@@ -141,17 +142,67 @@ def test_a_planted_drift_is_recovered():
 
 def test_the_ridge_is_a_pull_to_the_identity():
     generator = torch.Generator().manual_seed(5)
-    before = torch.randn(40, 4, generator=generator).double()
+    before = torch.randn(40, 4, generator=generator).double() * torch.tensor([0.1, 1.0, 3.0, 30.0])
     after = before @ torch.randn(4, 4, generator=generator).double() + 1
     strength = 0.7
     centred, target = before - before.mean(dim=0), after - after.mean(dim=0)
-    value = strength * centred.square().sum() / 4
-    # Least squares with four more observations, which say that each feature stays what it is.
-    rows = torch.cat([centred, value.sqrt() * torch.eye(4).double()])
-    values = torch.cat([target, value.sqrt() * torch.eye(4).double()])
+    # Least squares with four more observations, which say that each feature stays what it is, each on its own scale.
+    stay = torch.diag((strength * centred.square().sum(dim=0)).sqrt())
+    rows, values = torch.cat([centred, stay]), torch.cat([target, stay])
     expected = torch.linalg.lstsq(rows, values).solution
     torch.testing.assert_close(fit_affine_map(before, after, strength).weight, expected)
     torch.testing.assert_close(fit_affine_map(before, after, 1e9).weight, torch.eye(4).double(), atol=1e-6, rtol=0)
+
+
+def test_the_scale_of_a_feature_does_not_matter():
+    generator = torch.Generator().manual_seed(6)
+    before, after = torch.randn(2, 40, 3, generator=generator).double()
+    labels = torch.arange(40) % 4
+    scale = torch.tensor([0.1, 1.0, 10.0]).double()
+    found, scaled = fit_affine_map(before, after, 0.3), fit_affine_map(before * scale, after * scale, 0.3)
+    torch.testing.assert_close(scaled(before * scale), found(before) * scale)
+    assert choose_ridge(before * scale, after * scale, labels) == choose_ridge(before, after, labels)
+
+
+def drifting_classes(seed, classes, change, noise):
+    """Features of classes in few dimensions before and after a change."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(40 * classes) % classes
+    before = (
+        torch.randn(len(labels), 12, generator=generator) + 2 * torch.randn(classes, 12, generator=generator)[labels]
+    )
+    weight = torch.eye(12) + change * torch.randn(12, 12, generator=generator)
+    shift = noise * torch.randn(classes, 12, generator=generator)[labels]
+    return before, before @ weight + shift, labels
+
+
+def test_the_ridge_is_weak_for_classes_that_move_together_and_strong_for_those_that_do_not():
+    assert choose_ridge(*drifting_classes(0, 6, change=0.3, noise=0.0)) == min(RIDGES)
+    assert choose_ridge(*drifting_classes(0, 6, change=0.0, noise=1.0)) == max(RIDGES)
+    # One class cannot tell.
+    assert choose_ridge(*drifting_classes(0, 1, change=0.3, noise=0.0)) == 1.0
+
+
+@pytest.mark.parametrize("folds", [3, 5])
+def test_the_chosen_ridge_predicts_left_out_classes_best(folds):
+    before, after, labels = drifting_classes(1, 4, change=0.1, noise=0.3)
+    errors = {}
+    for ridge in RIDGES:
+        errors[ridge] = 0
+        for fold in range(min(folds, 4)):
+            held = torch.isin(labels, torch.arange(4)[fold::folds])
+            # With the variances of all classes, whose scale a fold does not change.
+            scale = before.double().std(dim=0, correction=0) / before[~held].double().std(dim=0, correction=0)
+            own = before[~held].double() - before[~held].double().mean(dim=0)
+            stay = torch.diag((ridge * own.square().sum(dim=0)).sqrt() * scale)
+            target = after[~held].double() - after[~held].double().mean(dim=0)
+            weight = torch.linalg.lstsq(torch.cat([own, stay]), torch.cat([target, stay])).solution
+            for label in labels[held].unique():
+                moved = (before[labels == label].double().mean(dim=0) - before[~held].double().mean(dim=0)) @ weight
+                found = after[labels == label].double().mean(dim=0) - after[~held].double().mean(dim=0)
+                errors[ridge] += ((moved - found) / before.double().std(dim=0)).square().sum()
+    assert choose_ridge(before, after, labels, folds=folds) == min(errors, key=errors.get)
+    assert choose_ridge(before, after, labels, candidates=(0.5,)) == 0.5
 
 
 def test_directions_never_seen_stay_as_they_are():
@@ -216,6 +267,7 @@ def test_a_class_with_too_few_images_takes_the_pooled_covariance_and_is_named():
         (lambda: fit_affine_map(torch.ones(3, 2), torch.ones(2, 2)), ["(3, 2)", "(2, 2)"]),
         (lambda: fit_affine_map(torch.ones(0, 2), torch.ones(0, 2)), ["(0, 2)"]),
         (lambda: fit_affine_map(torch.ones(3, 2), torch.ones(3, 2), -1), ["ridge=-1"]),
+        (lambda: choose_ridge(torch.ones(3, 2), torch.ones(2, 2), torch.zeros(3)), ["(3, 2)", "(2, 2)"]),
     ],
 )
 def test_unusable_input_is_refused(wrong, words):

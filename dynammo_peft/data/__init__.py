@@ -1,5 +1,5 @@
 from .catalog import load_image_dataset
-from .drift import AffineMap, fit_affine_map
+from .drift import AffineMap, choose_ridge, fit_affine_map
 from .memory import ExemplarMemory
 from .scenario import ClassIncrementalScenario, LabelledImages, Task
 from .statistics import ClassStatistics
@@ -15,6 +15,7 @@ __all__ = [
     "LabelledImages",
     "Task",
     "decode_images",
+    "choose_ridge",
     "fit_affine_map",
     "load_image_dataset",
     "resized_image_processor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,17 +28,21 @@ class AffineMap:
         return (features.double() @ self.weight + self.bias).to(features.dtype)
 
 
+# Strengths among which `choose_ridge` chooses.
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+
 def fit_affine_map(before: Tensor, after: Tensor, ridge: float = 1.0) -> AffineMap:
     """The affine map that takes the features of images to those of the same images under another model.
 
-    Ridge regression towards the identity: `min |X A - Y|^2 + ridge * v * |A - 1|^2` for centred features, with `v` the
-    mean sum of squares of an old feature. A merge moves features by little, and a task's images span only some
-    directions of the features of all classes.
+    Ridge regression towards the identity: `min |X A - Y|^2 + ridge * sum_i v_i |A_i - 1_i|^2` for centred features,
+    with `v_i` the sum of squares of feature `i` before and `A_i` a row. A merge moves features by little, a task's
+    images span only some directions of the features of all classes, and layers differ in scale.
 
     Args:
         before (`Tensor`): Features under the old model, `(N, C)`.
         after (`Tensor`): Features of the same images under the new model, `(N, C)`.
-        ridge (`float`): Strength of the pull to the identity.
+        ridge (`float`): Strength of the pull to the identity; see [`choose_ridge`].
 
     Returns:
         `AffineMap`: The map, on the CPU.
@@ -45,21 +50,84 @@ def fit_affine_map(before: Tensor, after: Tensor, ridge: float = 1.0) -> AffineM
     Raises:
         ValueError: If the two are not of the same images, there are none, or `ridge` is negative.
     """
+    _check_pairs(before, after)
+    if ridge < 0:
+        raise ValueError(f"ridge={ridge} must not be negative.")
+    before, after = before.double().cpu(), after.double().cpu()
+    fit = _Regression(before, after, _variances(before))
+    weight = torch.linalg.solve(fit.system(ridge), fit.change)
+    weight.diagonal().add_(1)
+    errors = fit.after - fit.mean_after - fit.centred @ weight
+    return AffineMap(weight, fit.mean_after - fit.mean_before @ weight, errors.T @ errors / len(errors))
+
+
+def choose_ridge(
+    before: Tensor, after: Tensor, labels: Tensor, candidates: Sequence[float] = RIDGES, folds: int = 5
+) -> float:
+    """The strength with which maps fitted on some classes best predict where the means of the others go.
+
+    That is what a map is for: old classes, of which there are few images or none, have to be moved by what happened to
+    the classes at hand.
+
+    Args:
+        before (`Tensor`): Features under the old model, `(N, C)`.
+        after (`Tensor`): Features of the same images under the new model, `(N, C)`.
+        labels (`Tensor`): Class of each image, `(N,)`.
+        candidates (`Sequence[float]`): Strengths to choose from.
+        folds (`int`): In how many parts the classes are left out, at most.
+
+    Returns:
+        `float`: The strength; 1 if there is one class only, which cannot tell.
+
+    Raises:
+        ValueError: If the features are not of the same images, or there are none.
+    """
+    _check_pairs(before, after)
+    before, after, labels = before.double().cpu(), after.double().cpu(), labels.cpu()
+    classes = labels.unique()
+    if len(classes) == 1:
+        return 1.0
+    variances = _variances(before)
+    errors = torch.zeros(len(candidates), dtype=torch.float64)
+    for fold in range(min(folds, len(classes))):
+        held = torch.isin(labels, classes[fold::folds])
+        fit = _Regression(before[~held], after[~held], variances)
+        means = [(before[labels == label].mean(0), after[labels == label].mean(0)) for label in classes[fold::folds]]
+        moved, found = (torch.stack(parts) for parts in zip(*means))
+        moved, found = moved - fit.mean_before, found - fit.mean_after
+        for index, ridge in enumerate(candidates):
+            root = torch.linalg.cholesky(fit.system(ridge))
+            predicted = moved + torch.cholesky_solve(moved.T, root).T @ fit.change
+            # In units of each feature's own spread.
+            errors[index] += ((found - predicted).square() / variances).sum()
+    return candidates[int(errors.argmin())]
+
+
+class _Regression:
+    """The normal equations of the change from `before` to `after`, both `(N, C)`; `variances` scale the ridge."""
+
+    def __init__(self, before: Tensor, after: Tensor, variances: Tensor) -> None:
+        self.after, self.mean_before, self.mean_after = after, before.mean(dim=0), after.mean(dim=0)
+        self.centred = before - self.mean_before
+        self.gram = self.centred.T @ self.centred
+        self.change = self.centred.T @ (after - self.mean_after - self.centred)
+        self.squares = len(before) * variances
+
+    def system(self, ridge: float) -> Tensor:
+        """The matrix whose inverse times `change` is the map less the identity, `(C, C)`."""
+        # Without a pull, features that never vary or depend on others would leave no unique solution.
+        return self.gram + torch.diag((ridge + 1e-12) * self.squares)
+
+
+def _variances(features: Tensor) -> Tensor:
+    """Variance of each feature, `(C,)`, never quite zero."""
+    variances = features.var(dim=0, correction=0)
+    return variances + 1e-12 * variances.sum() + torch.finfo(features.dtype).tiny
+
+
+def _check_pairs(before: Tensor, after: Tensor) -> None:
     if before.shape != after.shape or len(before) == 0:
         raise ValueError(
             f"Features before and after must be those of the same images, got {tuple(before.shape)} and "
             f"{tuple(after.shape)}."
         )
-    if ridge < 0:
-        raise ValueError(f"ridge={ridge} must not be negative.")
-    before, after = before.double().cpu(), after.double().cpu()
-    mean_before, mean_after = before.mean(dim=0), after.mean(dim=0)
-    centred = before - mean_before
-    gram = centred.T @ centred
-    identity = torch.eye(len(gram), dtype=gram.dtype)
-    # Without the last terms, features that never vary would leave the system without a unique solution.
-    strength = ridge * gram.trace() / len(gram) + 1e-12 * gram.trace() + torch.finfo(gram.dtype).tiny
-    change = after - mean_after - centred
-    weight = identity + torch.linalg.solve(gram + strength * identity, centred.T @ change)
-    errors = after - mean_after - centred @ weight
-    return AffineMap(weight, mean_after - mean_before @ weight, errors.T @ errors / len(errors))

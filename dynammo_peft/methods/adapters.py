@@ -144,6 +144,9 @@ class TwoStageMethod(AdapterMethod):
         config (`Optional[HeadConfig]`): The adapters' configuration; its `classes` are filled in.
     """
 
+    # Whether stage 1 has the exemplars in it.
+    exemplars_as_others: bool = True
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -165,7 +168,7 @@ class TwoStageMethod(AdapterMethod):
     def train_adapter(self, task: Task) -> Iterator[Stage]:
         """Stage 1: the newest adapter and its head; every exemplar is one of the "others"."""
         self.add_adapter(self.adapter_name(task), task.class_names)
-        exemplars = self.memory.images()
+        exemplars = self.memory.images() if self.exemplars_as_others else None
         data = task.train if exemplars is None else LabelledImages.concatenate([task.train, exemplars])
 
         def observe(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

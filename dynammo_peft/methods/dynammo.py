@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..data import ClassIncrementalScenario, ClassStatistics, LabelledImages, Task, fit_affine_map
+from ..data import ClassIncrementalScenario, ClassStatistics, LabelledImages, Task, choose_ridge, fit_affine_map
 from ..tuner import HeadConfig
 from ..tuner.head_config import Preset, check_choice
 from ..tuner.heads import set_class_logits
@@ -30,8 +30,8 @@ Heads = Literal["lda", "ridge", "gaussians", "exemplars"]
 
 # What the configuration's preset fills in where the user has said nothing.
 PRESETS: dict[Preset, dict[str, Any]] = {
-    "default": {"heads": "lda", "feature_views": 2},
-    "paper": {"heads": "exemplars", "feature_views": 1},
+    "default": {"heads": "lda", "feature_views": 2, "exemplars_as_others": False},
+    "paper": {"heads": "exemplars", "feature_views": 1, "exemplars_as_others": True},
 }
 
 
@@ -59,6 +59,13 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
     first_session: bool = field(
         default=False, metadata={"help": "Train an adapter on the first task only; later tasks fit heads alone."}
     )
+    exemplars_as_others: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "Train each adapter to tell its classes from the exemplars of older ones, as the paper does; "
+            "otherwise exemplars are never trained on, and only show where old classes have moved."
+        },
+    )
     feature_distillation: float = field(
         default=0.0,
         metadata={
@@ -72,8 +79,12 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
     shrinkage: float = field(
         default=0.1, metadata={"help": "Share by which 'lda' and 'ridge' shrink the covariance to its diagonal."}
     )
-    drift_ridge: float = field(
-        default=1.0, metadata={"help": "How strongly the map that moves statistics is held to the identity."}
+    drift_ridge: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "How strongly the map that moves statistics is held to the identity; if unset, as strongly as "
+            "predicts classes left out best."
+        },
     )
     covariance_rank: Optional[int] = field(
         default=None, metadata={"help": "Directions kept of each covariance, for wide features; exact if unset."}
@@ -113,6 +124,10 @@ class Dynammo(TwoStageMethod):
         preset = PRESETS[self.config.preset]
         given = self.arguments
         self.heads: Heads = given.heads if given.heads is not None else preset["heads"]
+        if given.exemplars_as_others is not None:
+            self.exemplars_as_others = given.exemplars_as_others
+        else:
+            self.exemplars_as_others = preset["exemplars_as_others"]
         self.views: int = given.feature_views if given.feature_views is not None else preset["feature_views"]
         check_choice("heads", self.heads, Heads)
         self._check_numbers()
@@ -144,7 +159,7 @@ class Dynammo(TwoStageMethod):
         """Refuses at once what would otherwise show after the first task only."""
         given = {**vars(self.arguments), "feature_views": self.views}
         for name, least in LEAST.items():
-            if given[name] < least:
+            if given[name] is not None and given[name] < least:
                 raise ValueError(f"{name}={given[name]} must be at least {least}.")
         if not 0 <= given["shrinkage"] <= 1:
             raise ValueError(f"shrinkage={given['shrinkage']} must be at least 0 and at most 1.")
@@ -164,7 +179,7 @@ class Dynammo(TwoStageMethod):
         heads = self._merge(task, shown)
         features = self.features(shown, MERGED, self.views)
         if moves:
-            self._move_statistics(before, features)
+            self._move_statistics(before, features, shown.labels)
         if self.merging.learns and task.index > 0:
             features = self._learn_weights(task, heads, shown, features)
         features = features[:, : len(task.train)]
@@ -211,9 +226,12 @@ class Dynammo(TwoStageMethod):
                 heads.get_parameter(name)[: len(value)] = value
         return heads
 
-    def _move_statistics(self, before: Tensor, after: Tensor) -> None:
-        """Moves the class statistics along with the features of the images at hand."""
-        self.statistics.move(fit_affine_map(before.flatten(0, 1), after.flatten(0, 1), self.arguments.drift_ridge))
+    def _move_statistics(self, before: Tensor, after: Tensor, labels: Tensor) -> None:
+        """Moves the class statistics along with the features of the images at hand, `(V, N, C)`."""
+        before, after, ridge = before.flatten(0, 1), after.flatten(0, 1), self.arguments.drift_ridge
+        if ridge is None:
+            ridge = choose_ridge(before, after, labels.repeat(self.views))
+        self.statistics.move(fit_affine_map(before, after, ridge))
 
     def _fit_heads(self, task: Task, heads: nn.Linear, features: Tensor) -> Iterator[Stage]:
         """Heads for all classes seen.
@@ -250,7 +268,7 @@ class Dynammo(TwoStageMethod):
         self.merging.learn_weights(self.adapters, MERGED, shown, statistics)
         learned = self.features(shown, MERGED, self.views)
         if self.statistics is not None:
-            self._move_statistics(features, learned)
+            self._move_statistics(features, learned, shown.labels)
         return learned
 
     def _samples(self, task: Task, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

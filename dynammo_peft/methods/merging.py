@@ -31,9 +31,7 @@ class MergingArguments:
 
     merge: Optional[str] = field(
         default=None,
-        metadata={
-            "help": "Merge function, as 'ties' or 'fisher'; the mean ('linear', of LoRA 'cat') if unset."
-        },
+        metadata={"help": "Merge function, as 'ties' or 'fisher'; the mean ('linear', of LoRA 'cat') if unset."},
     )
     merge_options: Optional[str] = field(
         default=None, metadata={"help": "Options of the merge function: a mapping, as JSON, as '{\"density\": 0.5}'."}
