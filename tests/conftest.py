@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import datasets
 import pytest
 import torch
+from loopback_hub import LoopbackHub
 
 
 datasets.disable_progress_bars()
@@ -28,3 +29,16 @@ def _quick_garbage_collection():
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub on 127.0.0.1; `hub.environment()` and `hub.run()` are for fresh processes."""
+    with LoopbackHub(tmp_path / "clients") as running:
+        yield running
+
+
+@pytest.fixture
+def waits(hub, monkeypatch):
+    """Points this process's `huggingface_hub` at `hub`; the seconds between its tries, which it does not wait."""
+    return hub.connect(monkeypatch)
