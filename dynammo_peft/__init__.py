@@ -1,8 +1,9 @@
 """DynaMMo for HuggingFace PEFT: image classifiers that learn new classes, at the cost of one forward pass.
 
-Importing the package registers the method `DYNAMMO` with PEFT.
+Importing the package registers the method `DYNAMMO` with PEFT, and its standalone models with transformers.
 """
 
+from . import hub
 from .data import ClassIncrementalScenario, ExemplarMemory, Task, load_image_dataset, resized_image_processor
 from .evaluation import Cost, forward_cost
 from .methods import (
@@ -43,6 +44,7 @@ __all__ = [
     "Task",
     "__version__",
     "forward_cost",
+    "hub",
     "load_image_dataset",
     "resized_image_processor",
 ]

@@ -220,6 +220,14 @@ def test_heads_that_are_not_linear_do_not_fold():
     assert model(pixel_values=tiny_images("vit")).logits.shape == (2, 5)
 
 
+def test_nothing_is_folded_for_a_while():
+    model, images = two_tasks(), tiny_images("vit")
+    before = model(pixel_values=images).logits
+    with pytest.raises(NotImplementedError, match="merge_and_unload"):
+        model.merge_adapter()
+    assert torch.equal(model(pixel_values=images).logits, before)
+
+
 def test_learned_weights_are_refused():
     arguments = dp.DynammoArguments(learned_weights="task")
     with pytest.raises(ValueError, match="merge='linear', got merge='cat', the only exact one"):

@@ -10,12 +10,13 @@ from typing import Any, Optional, Union
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from ..merging import adapter_tensors, set_adapter_tensors
 from .architectures import ARCHITECTURES, Probe, probe
 from .features import FeatureTap
 from .head_config import HeadConfig, check_choice
+from .heads import unknown_score
 from .image_size import ImageSizeHook, as_pair
 from .labels import BaseLabels
 from .layer import DynammoHead, HeadOutput
@@ -207,6 +208,21 @@ class HeadTuner(BaseTuner):
             yield
         finally:
             head.output = before
+
+    def unknown_score(self, pixel_values: Tensor) -> Tensor:
+        """How likely images show no class of the active adapters, `(B,)`: see [`~tuner.heads.unknown_score`].
+
+        Args:
+            pixel_values (`Tensor`): Images, `(B, C, H, W)`.
+
+        Raises:
+            ValueError: If no active adapter has a head.
+        """
+        with self.head_output("logits"):
+            sizes = sum((self.peft_config[name].head_sizes for name in self.active_adapters), ())
+            if not sizes or self.head.disable_adapters:
+                raise ValueError("No head is active that could say 'others'; make an adapter with classes active.")
+            return unknown_score(self.model(pixel_values=pixel_values).logits, sizes)
 
     def set_backbone_requires_grad(self, requires_grad: bool) -> None:
         """Makes the backbone trainable or frozen; adapters, heads and the base model's own classifier stay so.

@@ -75,6 +75,25 @@ def score_heads(logits: Tensor, sizes: tuple[int, ...], scoring: Scoring) -> Ten
     return scores - outside * (scores.amax(dim=1, keepdim=True) - scores.amin(dim=1, keepdim=True) + 1)
 
 
+def unknown_score(logits: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """
+    The probability that every head says "others", as if heads were independent: high for an image of no known class.
+
+    It is a probability only where heads learned "others" (heads trained on exemplars). Heads in closed form have a
+    constant "others" logit; then the score ranks images, as does the log-sum-exp of one classifier's logits (Liu et
+    al. 2020, https://arxiv.org/abs/2010.03759), but its value means nothing. A threshold has to be found on images.
+
+    Args:
+        logits (`Tensor`): Raw logits, `(B, sum of n_t + 1)`.
+        sizes (`tuple[int, ...]`): Number of classes of each head.
+
+    Returns:
+        `Tensor`: `(B,)` in float32, between 0 and 1.
+    """
+    # A product of many small probabilities would be zero long before its logarithm is.
+    return grouped_logits(logits.float(), sizes).log_softmax(dim=-1)[..., 0].sum(dim=1).exp()
+
+
 def head_targets(labels: Tensor, sizes: tuple[int, ...], first: int = 0) -> Tensor:
     """Target of each head: 0 ("others") for a foreign class, 1 + its place in the head for one of its own.
 

@@ -150,6 +150,10 @@ class DynammoLoraModel(HeadTuner, LoraModel):
         if self.head is not None:
             self.head.check_folds()
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        # Before anything is touched: the heads cannot be folded and taken out again.
+        raise NotImplementedError("Heads cannot be folded for a while; use `merge_and_unload`, on a copy if need be.")
+
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The base model with the active adapter in its weights and its heads as the classifier.
 
