@@ -76,7 +76,7 @@ class ExemplarMemory:
             raise ValueError(f"selection={selection!r} does not exist; choose one of {', '.join(SELECTIONS)}.")
         self.size = size
         self.selection = selection
-        self._generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
         self._classes: dict[int, LabelledImages] = {}
 
     def __len__(self) -> int:
@@ -99,6 +99,15 @@ class ExemplarMemory:
                 f"set memory_size to at least {seen_classes}, or to 0."
             )
         return self.size // seen_classes
+
+    @property
+    def rows(self) -> list[int]:
+        """Which rows of the training data are remembered, class by class, in the order of their worth."""
+        return [row for images in self._classes.values() for row in images.rows.tolist()]
+
+    def restore(self, images: LabelledImages) -> None:
+        """Remembers images that were chosen before, as `rows` names them, and forgets all others."""
+        self._classes = {label: images.of_classes([label]) for label in dict.fromkeys(images.labels.tolist())}
 
     def images(self) -> Optional[LabelledImages]:
         """All images remembered, class by class, or `None` if there are none yet."""
@@ -137,7 +146,8 @@ class ExemplarMemory:
             return
         first = torch.arange(quota)
         self._classes = {label: images.select(first[: len(images)]) for label, images in self._classes.items()}
+        generator = torch.Generator().manual_seed(self.seed + new_classes[0])
         for label in new_classes:
             places = torch.nonzero(new_images.labels == label).flatten()
-            chosen = SELECTIONS[self.selection](features[places].cpu(), quota, self._generator)
+            chosen = SELECTIONS[self.selection](features[places].cpu(), quota, generator)
             self._classes[label] = new_images.select(places[chosen])

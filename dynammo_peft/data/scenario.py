@@ -105,6 +105,9 @@ class ClassIncrementalScenario:
         horizontal_flip (`bool`): Whether training images are mirrored left to right at random.
         vertical_flip (`bool`): Whether training images are mirrored top to bottom at random.
         crop_padding (`float`): Share of height and width by which training images are shifted at most.
+        learned (`Sequence[Sequence[str]]`): Class names of tasks that were learned before; the tasks of this scenario
+            go on behind them. The data set need not have images of theirs; test images that it has are scored too.
+        exemplar_rows (`Sequence[int]`): Rows of `train` with exemplars of the classes learned before.
         progress (`bool`): Whether to show a progress bar while images are decoded.
 
     Raises:
@@ -136,12 +139,17 @@ class ClassIncrementalScenario:
         horizontal_flip: bool = True,
         vertical_flip: bool = False,
         crop_padding: float = 0.125,
+        learned: Sequence[Sequence[str]] = (),
+        exemplar_rows: Sequence[int] = (),
         progress: bool = True,
     ) -> None:
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction={validation_fraction} must be at least 0 and less than 1.")
         names = _label_names(train, image_column, label_column, "train")
-        self.groups = _make_groups(names, classes_per_task, groups, class_order, seed)
+        before = [name for group in learned for name in group]
+        coming = _make_groups(names, classes_per_task, groups, class_order, seed, before)
+        self.first_task = len(learned)
+        self.groups = [list(group) for group in learned] + coming
         self.class_names = [name for group in self.groups for name in group]
         if validation_fraction > 0:
             train_labels = _labels(train, label_column, "train")
@@ -160,6 +168,8 @@ class ClassIncrementalScenario:
             [self.class_names.index(name) if name in self.class_names else -1 for name in names] + [-1]
         )
         train_labels, test_labels = order[train_labels], order[test_labels]
+        self.exemplar_rows = list(exemplar_rows)
+        train_labels = _only_exemplars(train_labels, len(before), self.exemplar_rows)
         self._check_all_tasks_have_images(train_labels, "train")
         self._check_all_tasks_have_images(test_labels, "test")
         self._train = _decode_known(train, train_labels, image_column, image_processor, progress, "training images")
@@ -190,7 +200,23 @@ class ClassIncrementalScenario:
         )
 
     def __iter__(self) -> Iterator[Task]:
-        return (self[index] for index in range(len(self)))
+        return (self[index] for index in range(self.first_task, len(self)))
+
+    @property
+    def learned_classes(self) -> int:
+        """Number of classes that were learned before the first task to come."""
+        return sum(len(group) for group in self.groups[: self.first_task])
+
+    @property
+    def exemplars(self) -> LabelledImages:
+        """The images in `exemplar_rows`, in their order."""
+        places = {row: place for place, row in enumerate(self._train.rows.tolist())}
+        return self._train.select(torch.tensor([places[row] for row in self.exemplar_rows], dtype=torch.long))
+
+    @property
+    def learned_test(self) -> LabelledImages:
+        """Test images of the classes that were learned before; there may be none."""
+        return self._test.of_classes(range(self.learned_classes))
 
     @property
     def num_classes(self) -> int:
@@ -208,13 +234,26 @@ class ClassIncrementalScenario:
 
     def _check_all_tasks_have_images(self, labels: Tensor, split: str) -> None:
         present = set(labels.tolist())
-        for index, group in enumerate(self.groups):
+        for index, group in list(enumerate(self.groups))[self.first_task :]:
             missing = [name for name in group if self.class_names.index(name) not in present]
             if missing:
                 raise ValueError(
                     f"Task {index} has no {split} images of {', '.join(map(repr, missing))}; add images or take the "
                     "class out of groups."
                 )
+
+
+def _only_exemplars(labels: Tensor, learned: int, rows: Sequence[int]) -> Tensor:
+    """Labels of the rows to learn from: of the classes learned before, the exemplars only; -1 for the other rows."""
+    for row in rows:
+        if not 0 <= row < len(labels) or not 0 <= labels[row] < learned:
+            raise ValueError(
+                f"Row {row} of exemplar_rows is no training image of a class that was learned before; the rows are "
+                "those of another data set."
+            )
+    kept = torch.zeros_like(labels, dtype=torch.bool)
+    kept[list(rows)] = True
+    return labels.where((labels >= learned) | kept, -1)
 
 
 def _label_names(dataset: datasets.Dataset, image_column: str, label_column: str, split: str) -> list[str]:
@@ -244,8 +283,15 @@ def _make_groups(
     groups: Optional[Sequence[Sequence[str]]],
     class_order: Optional[Sequence[str]],
     seed: Optional[int],
+    learned: Sequence[str],
 ) -> list[list[str]]:
-    """The class names of each task."""
+    """The class names of each task to come."""
+    for name in [name for group in groups or () for name in group] + list(class_order or ()):
+        if name in learned:
+            raise ValueError(f"Class {name!r} was learned already; a task brings new classes.")
+    names = [name for name in names if name not in learned]
+    if not names:
+        raise ValueError("All classes of the data set were learned already; a task brings new classes.")
     if (classes_per_task is None) == (groups is None):
         raise ValueError("Set either classes_per_task (a number) or groups (the class names of each task).")
     if groups is not None:

@@ -6,7 +6,7 @@ Mean and covariance, computed in one pass, moved along when the model changes, a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Optional, Union
 
@@ -173,6 +173,46 @@ class ClassStatistics:
         for key, scatter in self._scatters.items():
             scatter.move(affine_map, sum(self.counts.values()) if key == SHARED else self.counts[key])
 
+    def state(self) -> dict[str, Tensor]:
+        """All there is to know, as tensors: what `restore` takes."""
+        labels = self.classes
+        tensors = {
+            "classes": torch.tensor(labels),
+            "counts": torch.tensor([self.counts[label] for label in labels]),
+            "means": torch.stack([self.means[label] for label in labels]),
+        }
+        for key, scatter in self._scatters.items():
+            for name, value in vars(scatter).items():
+                if isinstance(value, Tensor):
+                    tensors[f"scatter.{key}.{name}"] = value
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` of statistics with the same options gave.
+
+        Args:
+            tensors (`Mapping[str, Tensor]`): The tensors by name.
+
+        Raises:
+            ValueError: If a tensor is missing or of another shape than the others ask for.
+        """
+        try:
+            labels, counts, means = (tensors[name] for name in ("classes", "counts", "means"))
+            features = means.shape[1]
+            scatters = {}
+            for key in [SHARED] if self.covariance == "shared" else labels.tolist():
+                scatters[key] = self._empty_scatter(features)
+                for name, value in vars(scatters[key]).items():
+                    if isinstance(value, Tensor):
+                        setattr(scatters[key], name, _of_width(tensors, f"scatter.{key}.{name}", features))
+        except KeyError as error:
+            raise ValueError(
+                f"Class statistics have no tensor {error}; they were saved with other options."
+            ) from error
+        self.counts = dict(zip(labels.tolist(), counts.tolist()))
+        self.means = dict(zip(labels.tolist(), means.double().unbind()))
+        self._scatters = scatters
+
     def mean_matrix(self) -> Tensor:
         """Means of all classes in the order of their numbers, `(N, C)`."""
         return torch.stack([self.means[label] for label in sorted(self.means)])
@@ -246,9 +286,11 @@ class ClassStatistics:
     def _scatter(self, label: int, features: int) -> Union[Scatter, LowRankScatter]:
         key = SHARED if self.covariance == "shared" else label
         if key not in self._scatters:
-            rank = self.rank
-            self._scatters[key] = Scatter.zeros(features) if rank is None else LowRankScatter.zeros(features, rank)
+            self._scatters[key] = self._empty_scatter(features)
         return self._scatters[key]
+
+    def _empty_scatter(self, features: int) -> Union[Scatter, LowRankScatter]:
+        return Scatter.zeros(features) if self.rank is None else LowRankScatter.zeros(features, self.rank)
 
     def _add_mean(self, label: int, count: int, mean: Tensor) -> None:
         """Counts a part of a class whose own scatter was added; the distance of the parts' means adds to it."""
@@ -259,3 +301,9 @@ class ClassStatistics:
         total, shift = old + count, mean - self.means[label]
         self._scatter(label, len(mean)).add((old * count / total) ** 0.5 * shift[None])
         self.counts[label], self.means[label] = total, self.means[label] + count / total * shift
+
+
+def _of_width(tensors: Mapping[str, Tensor], name: str, features: int) -> Tensor:
+    if tensors[name].shape[-1] != features:
+        raise ValueError(f"{name} is of shape {tuple(tensors[name].shape)}, but the means have {features} features.")
+    return tensors[name].double()

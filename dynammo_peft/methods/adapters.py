@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Optional
+from typing import Any, ClassVar, Literal, Optional
 
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
@@ -93,6 +93,11 @@ class AdapterMethod(Method):
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         super().begin(scenario, accelerator)
+        if scenario.groups[: scenario.first_task] != self.groups:
+            raise ValueError(
+                f"The scenario goes on behind the tasks {scenario.groups[: scenario.first_task]}, but "
+                f"{self.groups} were learned; make it with learned=method.groups."
+            )
         self.config = replace(self.config, image_size=list(scenario.image_size))
 
     def add_adapter(self, name: str, class_names: list[str]) -> None:
@@ -115,6 +120,11 @@ class AdapterMethod(Method):
     @property
     def inference_adapters(self) -> list[str]:
         return list(self.adapters)
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """Class names of each task learned so far."""
+        return [self.model.peft_config[name].class_names for name in self.adapters]
 
     @property
     def class_names(self) -> list[str]:
@@ -155,10 +165,39 @@ class TwoStageMethod(AdapterMethod):
     ) -> None:
         super().__init__(model, arguments, config)
         self.memory = ExemplarMemory(self.arguments.memory_size, self.arguments.selection, self.arguments.seed)
+        self._restored_rows: list[int] = []
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         super().begin(scenario, accelerator)
         self.memory.quota(scenario.num_classes)
+        if scenario.exemplar_rows:
+            self.memory.restore(scenario.exemplars)
+
+    @property
+    def exemplar_rows(self) -> list[int]:
+        """Which rows of the training data are exemplars, those of a restored state included."""
+        return self.memory.rows or self._restored_rows
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What it takes to go on learning, beside the adapters: plain values and tensors; no image."""
+        return {"adapters": list(self.adapters), "exemplar_rows": self.memory.rows}, {}
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Goes on where the method stood that gave this `state`; the model has its adapters.
+
+        The exemplars come with the scenario, whose `exemplar_rows` are those of the state.
+
+        Args:
+            values (`Mapping[str, Any]`): Plain values.
+            tensors (`Mapping[str, Tensor]`): Tensors by name.
+
+        Raises:
+            ValueError: If the model lacks an adapter, or the state does not fit the method's options.
+        """
+        self.adapters, self._restored_rows = list(values["adapters"]), list(values["exemplar_rows"])
+        for name in dict.fromkeys([*self.adapters, *self.inference_adapters]):
+            if name not in getattr(self.model, "peft_config", {}):
+                raise ValueError(f"The model has no adapter {name!r}, with which learning would go on.")
 
     @staticmethod
     def adapter_name(task: Task) -> str:

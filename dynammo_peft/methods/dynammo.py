@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
@@ -166,9 +166,21 @@ class Dynammo(TwoStageMethod):
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         super().begin(scenario, accelerator)
-        self._generator = torch.Generator().manual_seed(self.arguments.seed)
         if self.statistics is not None:
             self.statistics.names = dict(enumerate(scenario.class_names))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        values, tensors = super().state()
+        if self.statistics is not None:
+            tensors |= {f"statistics.{name}": tensor for name, tensor in self.statistics.state().items()}
+        return values, tensors | self.merging.state()
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        super().restore(values, tensors)
+        if self.statistics is not None:
+            own = {name.removeprefix("statistics."): tensor for name, tensor in tensors.items()}
+            self.statistics.restore(own)
+        self.merging.restore(self.adapters, tensors)
 
     def learn(self, task: Task) -> Iterator[Stage]:
         yield from self._new_adapter(task)
@@ -275,8 +287,9 @@ class Dynammo(TwoStageMethod):
         """As many features of each class: of old classes drawn from their Gaussians, of new ones from their images."""
         count, classes = self.arguments.samples_per_class, self.statistics.classes
         old = [label for label in classes if label < task.first_class]
-        parts = list(self.statistics.sample(old, count, generator=self._generator))
+        generator = torch.Generator().manual_seed(self.arguments.seed + task.index)
+        parts = list(self.statistics.sample(old, count, generator=generator))
         for label in task.classes:
             own = features[labels == label]
-            parts.append(own[torch.randint(len(own), (count,), generator=self._generator)])
+            parts.append(own[torch.randint(len(own), (count,), generator=generator)])
         return torch.cat(parts), torch.tensor([*old, *task.classes]).repeat_interleave(count)

@@ -94,6 +94,26 @@ class Merging:
         """Whether merge weights are learned."""
         return self.arguments.learned_weights != "none"
 
+    def state(self) -> dict[str, Tensor]:
+        """What was measured of each adapter, by name."""
+        return {f"fisher.{task}.{key}": value for task, own in enumerate(self._fisher) for key, value in own.items()}
+
+    def restore(self, adapters: list[str], tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave, for these adapters.
+
+        Raises:
+            ValueError: If the merge function needs what was not measured.
+        """
+        prefixes = [f"fisher.{task}." for task in range(len(adapters))]
+        self._fisher = [
+            {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            for prefix in prefixes
+        ]
+        if self.measures_fisher and not all(self._fisher):
+            raise ValueError("merge='fisher' needs what was measured of each adapter; it was learned without.")
+        if not self.measures_fisher:
+            self._fisher = []
+
     def after_training(self, task: Task) -> None:
         """Measures on a task's own images what the merge function needs of its adapter."""
         if not self.measures_fisher:

@@ -74,16 +74,16 @@ class Learner:
         """
         set_seed(self.method.arguments.seed)
         self.method.begin(scenario, self.accelerator)
-        results = Results(groups=scenario.groups)
-        seen: list[LabelledImages] = []
+        results, seen, offset = self._begin_results(scenario)
         for task in scenario:
+            # What a task draws does not depend on what was learned before in this process or in another.
+            set_seed(self.method.arguments.seed + task.index)
             start = time.perf_counter()
             for stage in self.method.learn(task):
                 self._run(stage, f"Task {task.index + 1}/{len(scenario)}", scenario)
             seconds = time.perf_counter() - start
             seen.append(task.test)
-            predictions, references = self._predict(LabelledImages.concatenate(seen), scenario)
-            results.add(task.index, predictions, references, seconds)
+            results.add(task.index - offset, *self._score(seen, scenario), seconds)
             measures = results.metrics()
             self.accelerator.log(
                 {name: value for name, value in measures.items() if isinstance(value, float)}
@@ -93,6 +93,25 @@ class Learner:
             if after_task is not None:
                 after_task(task, results)
         return results
+
+    def _begin_results(self, scenario: ClassIncrementalScenario) -> tuple[Results, list[LabelledImages], int]:
+        """Results so far, the test images of the classes learned before, and the index of the first task measured."""
+        first, coming = scenario.first_task, scenario.groups[scenario.first_task :]
+        learned = scenario.class_names[: scenario.learned_classes]
+        if not first or not len(scenario.learned_test):
+            return Results(groups=coming, learned=learned), [], first
+        results, seen = Results(groups=[learned, *coming], learned=learned), [scenario.learned_test]
+        results.add(0, *self._score(seen, scenario), seconds=0.0)
+        return results, seen, first - 1
+
+    def _score(self, seen: list[LabelledImages], scenario: ClassIncrementalScenario) -> tuple[list[int], list[int]]:
+        """Predicted and true classes, numbered as in the results."""
+        predictions, references = self._predict(LabelledImages.concatenate(seen), scenario)
+        if len(scenario.learned_test):
+            return predictions, references
+        # Without test images of them, classes learned before stand behind all others.
+        first, count = scenario.learned_classes, scenario.num_classes
+        return [(label - first) % count for label in predictions], [(label - first) % count for label in references]
 
     def _run(self, stage: Stage, title: str, scenario: ClassIncrementalScenario) -> None:
         """One training loop."""

@@ -21,6 +21,9 @@ class Results:
         references (`list[int]`): True classes.
         after_task (`list[int]`): After which task each prediction was made.
         seconds (`list[float]`): Training time of each task, in seconds.
+        learned (`list[str]`): Classes learned before the first task. If there were test images of them, they stand
+            for one task, the first of `groups`, measured before anything else was learned; otherwise all measures are
+            those of the new classes' images.
     """
 
     groups: list[list[str]]
@@ -28,6 +31,7 @@ class Results:
     references: list[int] = field(default_factory=list)
     after_task: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    learned: list[str] = field(default_factory=list)
 
     def add(self, task: int, predictions: list[int], references: list[int], seconds: float) -> None:
         """Adds the predictions made after a task, and how long its training took."""
@@ -51,5 +55,6 @@ class Results:
 
     def save(self, path: Union[str, Path], **more: Any) -> None:
         """Writes the measures, the tasks and `more` as JSON; the predictions themselves are not written."""
-        content = {**more, "tasks": self.groups, "seconds": self.seconds, **self.metrics()}
+        learned = {"learned_before": self.learned} if self.learned else {}
+        content = {**more, "tasks": self.groups, **learned, "seconds": self.seconds, **self.metrics()}
         Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
