@@ -4,10 +4,10 @@
     python benchmarks/merging.py --backbones deit_tiny --sequences blood_cells --seeds 0 1 --rows acl paper default
     python benchmarks/merging.py --report                          # the table of what is there
 
-All rows of a backbone, sequence and seed start from the same adapters: stage 1 is trained once for all methods that
-have the same images in it. Each result is one line of `docs/results/merging.jsonl`; the table has means and deviations
-over seeds, each with a class order of its own. With `--validation_fraction 0.25`, a quarter of the training images
-takes the place of the test images, which are not read then; such results go to another file.
+Rows of a backbone, sequence and seed start from the same adapters: stage 1 is trained once for all methods that have
+the same images and the same loss in it. Each result is one line of `docs/results/merging.jsonl`; the table has means
+and deviations over seeds, each with a class order of its own. With `--validation_fraction 0.25`, a quarter of the
+training images takes the place of the test images, which are not read then; such results go to another file.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Row:
 
 # The paper's recipe on the same adapters as all others: its own, wider ones would be another budget.
 PAPER_CONFIG = {"feature_modules": [], "scoring": "min_others"}
-PAPER_ARGUMENTS = {"heads": "exemplars", "feature_views": 1}
+PAPER_ARGUMENTS = {"heads": "exemplars", "feature_views": 1, "exemplars_as_others": True}
 ROWS: dict[str, Row] = {
     "acl": Row("acl", forward_passes="T"),
     "paper": Row(arguments=PAPER_ARGUMENTS, config=PAPER_CONFIG),
@@ -104,6 +104,7 @@ ROWS: dict[str, Row] = {
     "learned_weights=layer": Row(arguments={"learned_weights": "layer"}),
     "learned_weights=channel": Row(arguments={"learned_weights": "channel"}),
     "learned_weights=layer, entropy": Row(arguments={"learned_weights": "layer", "weights_objective": "entropy"}),
+    "exemplars_as_others": Row(arguments={"exemplars_as_others": True}),
     "feature_distillation": Row(arguments={"feature_distillation": 10.0}),
     "exemplar_free, feature_distillation": Row(arguments={"memory_size": 0, "feature_distillation": 10.0}),
     "exemplar_free, first_session": Row(arguments={"memory_size": 0, "first_session": True}),
@@ -116,7 +117,7 @@ class SharedLearner(dp.Learner):
     """Trains stage 1 once for all methods with the same images in it, and keeps the features it has computed.
 
     Args:
-        adapters (`dict`): Trained adapters and heads by task and memory; shared between learners.
+        adapters (`dict`): Trained adapters and heads by task and what is in the loss; shared between learners.
         features (`dict`): Features by adapter and image; shared between learners.
     """
 
@@ -133,7 +134,8 @@ class SharedLearner(dp.Learner):
             return
         method = self.method
         arguments = method.arguments
-        key = (len(method.adapters), arguments.memory_size > 0, getattr(arguments, "feature_distillation", 0.0))
+        others = getattr(method, "exemplars_as_others", False) and arguments.memory_size > 0
+        key = (len(method.adapters), others, getattr(arguments, "feature_distillation", 0.0))
         name = method.adapters[-1]
         own = {**adapter_tensors(method.model, name)}
         head = method.model.head
