@@ -21,6 +21,7 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from publishing import HubArguments, check_publishing, publish, without_hub
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 
 import dynammo_peft
@@ -35,7 +36,7 @@ from dynammo_peft import (
     Task,
 )
 from dynammo_peft.data import load_image_dataset, resized_image_processor
-from dynammo_peft.hub import save_model
+from dynammo_peft.hub import check_can_push, save_model
 from dynammo_peft.tuner.head_config import HeadConfig, Preset, Scoring
 
 
@@ -43,7 +44,7 @@ logger = logging.getLogger("class_incremental")
 
 
 @dataclass
-class RunArguments:
+class RunArguments(HubArguments):
     """What to run, and where results go."""
 
     method: str = field(default="dynammo", metadata={"help": f"One of {', '.join(METHODS)}."})
@@ -240,9 +241,12 @@ def run(argv: list[str]) -> tuple[Method, Results]:
     """Everything: parses `argv`, learns all tasks, reports and saves.
 
     Raises:
-        ValueError: If an option or the data are unusable; nothing was trained or written then.
+        ValueError: If an option or the data are unusable; nothing was trained or written then. Or the Hub refuses the
+            model, which is saved then.
+        ConnectionError: If the Hub cannot be reached.
     """
     args, model_args, data_args, method_args = parse_arguments(argv)
+    check_publishing(args, model_args, method_args)
     if os.path.exists(args.output_dir) and os.listdir(args.output_dir) and not args.overwrite_output_dir:
         raise ValueError(f"output_dir={args.output_dir!r} is not empty; choose another or set overwrite_output_dir.")
     for tracker in args.report_to:
@@ -254,12 +258,15 @@ def run(argv: list[str]) -> tuple[Method, Results]:
         log_with=args.report_to or None,
         project_dir=f"{args.output_dir}-logs" if args.report_to else None,
     )
+    if args.push_to_hub and accelerator.is_main_process:
+        args.hub_model_id = check_can_push(args.hub_model_id, private=args.hub_private_repo)
     transformers.set_seed(method_args.seed)
     model, image_processor = load_model(model_args)
     with accelerator.main_process_first():
         scenario = load_scenario(data_args, image_processor, progress=accelerator.is_main_process)
     method = METHODS[args.method](model, method_args, adapter_config(model_args))
-    options = {**asdict(args), **asdict(model_args), **asdict(data_args), **asdict(method_args)}
+    method_options = {**asdict(model_args), **asdict(data_args), **asdict(method_args)}
+    options = {**without_hub(asdict(args)), **method_options}
     if args.report_to:
         # TensorBoard takes plain values only.
         plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in options.items()}
@@ -267,9 +274,13 @@ def run(argv: list[str]) -> tuple[Method, Results]:
     learner = Learner(method, accelerator, args.eval_batch_size)
     results = learner.fit(scenario, after_task=lambda task, results: report_task(accelerator, task, results))
     if accelerator.is_main_process:
-        finish(args, model_args, method, method_args, scenario, image_processor, results, options)
+        cost = finish(args, model_args, method, method_args, scenario, image_processor, results, options)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    # After the others are done: they need not wait for an upload.
+    if args.push_to_hub and accelerator.is_main_process:
+        more = (scenario, image_processor, results, method_options, cost)
+        print(f"Published at {publish(args, model_args, data_args, method, *more)}")
     return method, results
 
 
@@ -282,8 +293,8 @@ def finish(
     image_processor: Any,
     results: Results,
     options: dict[str, Any],
-) -> None:
-    """Reports the measures and the cost, and saves the model and `results.json`."""
+) -> dict[str, Any]:
+    """Reports the measures and the cost, and saves the model and `results.json`; returns the cost."""
     measures, cost = results.metrics(), report_cost(method, scenario)
     print(
         f"Last accuracy {measures['last_accuracy']:.3f}, average incremental accuracy "
@@ -300,6 +311,7 @@ def finish(
     save_model(method.model, args.output_dir, adapters, image_processor, save_backbone=trained_backbone)
     results.save(Path(args.output_dir) / "results.json", options=options, cost=cost)
     print(f"Saved to {args.output_dir}: {', '.join(adapters)}")
+    return cost
 
 
 def main() -> None:
@@ -307,7 +319,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     try:
         run(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         logger.debug("Traceback:", exc_info=True)
         sys.exit(f"error: {error}")
 

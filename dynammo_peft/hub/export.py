@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -57,24 +58,42 @@ def save_model(
         save_backbone (`bool`): Whether the backbone was changed (or never saved) and must go along.
     """
     target = Path(directory).resolve()
+    with replaced_folder(target) as partial:
+        if save_backbone:
+            base_model(model).save_pretrained(partial / BACKBONE)
+        base = model.get_base_model().name_or_path
+        for name in adapters:
+            config = model.peft_config[name]
+            if save_backbone:
+                config.base_model_name_or_path = str(target / BACKBONE)
+            elif os.path.isdir(base):
+                # A relative path would hold only for who starts from the same folder.
+                config.base_model_name_or_path = os.path.abspath(base)
+        # There are no embeddings of words, so PEFT need not look for the base model's vocabulary.
+        model.save_pretrained(partial, selected_adapters=list(adapters), save_embedding_layers=False)
+        if image_processor is not None:
+            for folder in (partial, *(partial / name for name in adapters)):
+                image_processor.save_pretrained(folder)
+
+
+@contextmanager
+def replaced_folder(directory: Union[str, os.PathLike]) -> Iterator[Path]:
+    """Gives an empty folder beside `directory` to write into, which takes its place once all is written.
+
+    After an error `directory` is as it was, and what was written is gone.
+
+    Args:
+        directory (`Union[str, os.PathLike]`): The folder to replace; it need not exist.
+    """
+    target = Path(directory).resolve()
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if save_backbone:
-        base_model(model).save_pretrained(partial / BACKBONE)
-    base = model.get_base_model().name_or_path
-    for name in adapters:
-        config = model.peft_config[name]
-        if save_backbone:
-            config.base_model_name_or_path = str(target / BACKBONE)
-        elif os.path.isdir(base):
-            # A relative path would hold only for who starts from the same folder.
-            config.base_model_name_or_path = os.path.abspath(base)
-    # There are no embeddings of words, so PEFT need not look for the base model's vocabulary.
-    model.save_pretrained(partial, selected_adapters=list(adapters), save_embedding_layers=False)
-    if image_processor is not None:
-        for folder in (partial, *(partial / name for name in adapters)):
-            image_processor.save_pretrained(folder)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -1,0 +1,162 @@
+"""What it takes to go on learning somewhere else: a method's adapters and state, and no image."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..data import LabelledImages
+from ..methods import METHODS, Dynammo
+from ..methods.adapters import TwoStageMethod
+from ..methods.dynammo import MERGED
+from .loading import find_file, from_pretrained, load_adapter
+
+
+STATE, TENSORS, EXEMPLARS = "learning_state.json", "learning_state.safetensors", "exemplars.safetensors"
+FORMAT_VERSION = 1
+
+
+def save_learning_state(
+    method: TwoStageMethod, directory: Union[str, os.PathLike], include_exemplars: bool = False
+) -> list[str]:
+    """
+    Writes beside a model's task adapters what `load_method` needs to go on learning.
+
+    That is the options, which rows of the training data are exemplars, and the class statistics; no name of a file,
+    and no image unless asked for.
+
+    Args:
+        method (`TwoStageMethod`): A method that has learned some tasks.
+        directory (`Union[str, os.PathLike]`): Where to.
+        include_exemplars (`bool`): Whether the exemplars' images go along. Whoever gets the files sees them.
+
+    Returns:
+        `list[str]`: Names of the files.
+
+    Raises:
+        ValueError: If nothing was learned yet.
+    """
+    if not method.adapters:
+        raise ValueError("No task was learned yet, so there is no state to save.")
+    values, tensors = method.state()
+    content = {
+        "format_version": FORMAT_VERSION,
+        "method": method.name,
+        "arguments": asdict(method.arguments),
+        "classes": method.groups,
+        **values,
+    }
+    directory = Path(directory)
+    (directory / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / TENSORS)
+    exemplars = method.memory.images() if include_exemplars else None
+    if exemplars is None:
+        return [STATE, TENSORS]
+    save_file({field.name: getattr(exemplars, field.name) for field in fields(exemplars)}, directory / EXEMPLARS)
+    return [STATE, TENSORS, EXEMPLARS]
+
+
+def load_method(
+    repo_id_or_path: Union[str, os.PathLike],
+    revision: Optional[str] = None,
+    token: Optional[str] = None,
+    base_model: Optional[PreTrainedModel] = None,
+    **arguments: Any,
+) -> TwoStageMethod:
+    """
+    A method as it was when its model was published with task adapters, to learn further tasks.
+
+    Args:
+        repo_id_or_path (`Union[str, os.PathLike]`): Repository on the Hub, or a folder.
+        revision (`Optional[str]`): Branch, tag or commit.
+        token (`Optional[str]`): For a private repository; the one that is logged in if `None`.
+        base_model (`Optional[PreTrainedModel]`): The base model; loaded from where the adapters say if `None`.
+        arguments: Options to change, as `adapter_epochs`.
+
+    Returns:
+        `TwoStageMethod`: The method. New tasks come as a scenario with `learned=method.groups`, and with
+        `exemplar_rows=method.exemplar_rows` if its data set is the one that was learned from.
+
+    Raises:
+        ValueError: If there is no learning state, it is of no use, or an adapter cannot be loaded.
+
+    Example:
+
+        ```py
+        >>> method = load_method("me/cells")
+        >>> scenario = ClassIncrementalScenario(train, test, processor, groups=[["basophil"]], learned=method.groups)
+        >>> Learner(method).fit(scenario)
+        >>> push_to_hub(method, "me/cells", image_processor=processor)
+        ```
+    """
+    source, where = str(repo_id_or_path), {"revision": revision, "token": token}
+    state = _read_state(source, where)
+    method_cls = METHODS[state["method"]]
+    options = _options(method_cls.arguments_cls, {**state["arguments"], **arguments}, source)
+    first, *others = state["adapters"]
+    model = from_pretrained(source, first, adapter_name=first, base_model=base_model, **where)
+    for name in others:
+        load_adapter(model, source, name, name, **where)
+    if method_cls is Dynammo:
+        load_adapter(model, source, MERGED, **where)
+    config = replace(model.peft_config[first], classes=None, inference_mode=False)
+    method = method_cls(model, options, config)
+    try:
+        method.restore(state, _read_tensors(source, TENSORS, where, required=True))
+    except ValueError as error:
+        raise ValueError(f"{source}/{STATE}: {error}") from error
+    exemplars = _read_tensors(source, EXEMPLARS, where, required=False)
+    if exemplars:
+        method.memory.restore(LabelledImages(**exemplars))
+    return method
+
+
+def _read_state(source: str, where: Mapping[str, Any]) -> dict[str, Any]:
+    path = find_file(source, STATE, **where)
+    if path is None:
+        raise ValueError(
+            f"{source} has no {STATE}: it was published for use only. Publish with task adapters to go on learning."
+        )
+    try:
+        state = json.loads(Path(path).read_text(encoding="utf-8"))
+        version, method, adapters, arguments = (
+            state[key] for key in ("format_version", "method", "adapters", "arguments")
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source}/{STATE} is no learning state ({type(error).__name__}: {error}).") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{source}/{STATE} has format_version={version!r}; this version reads {FORMAT_VERSION}.")
+    if method not in METHODS or not issubclass(METHODS[method], TwoStageMethod):
+        raise ValueError(f"{source}/{STATE} has method={method!r}, which does not go on learning.")
+    if not isinstance(arguments, dict) or not adapters or not all(isinstance(name, str) for name in adapters):
+        raise ValueError(f"{source}/{STATE} has no usable adapters or arguments.")
+    return state
+
+
+def _options(arguments_cls: type, given: Mapping[str, Any], source: str) -> Any:
+    known = {field.name for field in fields(arguments_cls)}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{source}/{STATE}: option {name!r} does not exist; a newer version may have written it.")
+    return arguments_cls(**given)
+
+
+def _read_tensors(source: str, name: str, where: Mapping[str, Any], required: bool) -> dict[str, Tensor]:
+    path = find_file(source, name, **where)
+    if path is None:
+        if required:
+            raise ValueError(f"{source} has no {name}, which belongs to its {STATE}.")
+        return {}
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{source}/{name} is truncated or no safetensors file ({error}).") from error

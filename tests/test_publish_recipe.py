@@ -1,0 +1,118 @@
+"""The recipe publishes what it has learned, or says before it learns why it cannot."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from test_publish import BASE, REPO, commits, written
+from tiny import tiny_model, tiny_processor
+
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes" / "class_incremental.py"
+sys.path.insert(0, str(RECIPE.parent))
+
+from class_incremental import main, run  # noqa: E402
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    """A YAML file for a run of seconds: four digits in two tasks."""
+
+    def write(**options):
+        settings = {
+            "dataset_name": "digits",
+            "output_dir": str(tmp_path / "out"),
+            "model_name_or_path": BASE,
+            "image_size": 32,
+            "groups": [["0", "1"], ["2", "3"]],
+            "memory_size": 8,
+            "adapter_epochs": 1,
+            "push_to_hub": True,
+            "hub_model_id": REPO,
+        }
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({**settings, **options}))
+        return path
+
+    return write
+
+
+def test_the_recipe_publishes_what_it_has_learned(hub, waits, recipe_file, tmp_path):
+    tiny_model("vit").push_to_hub(BASE)
+    tiny_processor(32).push_to_hub(BASE)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    options = ["--hub_private_repo", "--hub_license", "mit", "--save_task_adapters"]
+    done = subprocess.run(
+        [*launch, RECIPE, recipe_file(), *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=hub.environment("recipe", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1"),
+    )
+    assert done.returncode == 0, done.stderr
+    published = hub.history(REPO)[0]
+    assert f"Published at {hub.url}/{REPO}/commit/{published.oid}" in done.stdout
+    assert commits(hub) == ["Learn 4 classes in 2 tasks by dynammo"] and hub.repository(REPO).private
+    assert {"adapter_config.json", "task_000/adapter_config.json", "task_001/adapter_model.safetensors"} <= set(
+        written(hub)
+    )
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    card = hub.files(REPO)["README.md"].decode()
+    data = yaml.safe_load(card.split("---\n")[1])
+    measures = {m["type"]: m["value"] for m in data["model-index"][0]["results"][0]["metrics"]}
+    assert measures["accuracy"] == report["last_accuracy"]
+    assert (data["license"], data["base_model"], data["base_model_relation"]) == ("mit", BASE, "adapter")
+    for text in (
+        "32 x 32",
+        "split test",
+        "scikit-learn&#39;s",
+        "memory&#95;size" if "&#95;" in card else "memory_size",
+    ):
+        assert text in card, text
+    assert f"{report['cost']['multiply_adds'] / 1e6:.4g} M" in card
+    assert str(tmp_path) not in card and not any(name.startswith(("hub", "push")) for name in report["options"])
+    # What was published is what was saved.
+    saved = (tmp_path / "out" / "merged" / "adapter_model.safetensors").read_bytes()
+    assert saved == hub.files(REPO)["adapter_model.safetensors"]
+
+
+def test_without_a_token_the_recipe_ends_before_it_learns(hub, waits, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(sys, "argv", ["class_incremental.py", str(recipe_file())])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert str(caught.value).startswith("error: There is no token for the Hub; log in by `hf auth login`")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hub_model_id": None}, "set hub_model_id"),
+        ({"hub_form": "onnx"}, "hub_form='onnx' does not exist"),
+        ({"method": "acl"}, "method='acl' keeps an adapter for each task"),
+        ({"model_name_or_path": "tests"}, "backbone is new or in a folder; set hub_form='standalone'"),
+        ({"model_name_or_path": None, "model_type": "vit"}, "backbone is new or in a folder"),
+        ({"train_backbone": True}, "train_backbone is set; set hub_form='standalone', or leave train_backbone out"),
+        ({"hub_form": "stock"}, "set adapter='lora'"),
+        ({"hub_form": "stock", "adapter": "lora"}, "set 'feature_modules: \\[\\]' in the YAML file"),
+        ({"hub_form": "stock", "adapter": "lora", "feature_modules": ["layers.1"]}, "set 'feature_modules: "),
+        (
+            {"hub_form": "stock", "adapter": "lora", "feature_modules": [], "scoring": "min_others"},
+            "needs scoring='log_odds'",
+        ),
+        ({"hub_model_id": "elsewhere/cells"}, "belongs to 'elsewhere', but the token to 'tester'"),
+    ],
+)
+def test_what_cannot_be_published_is_refused_before_anything_is_loaded(
+    hub, waits, recipe_file, monkeypatch, options, message
+):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=message):
+        run([str(recipe_file(**options))])
+    assert not any(BASE in record.url for record in hub.requests)
