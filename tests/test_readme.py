@@ -8,7 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_recipe import image_folder
 from tiny import tiny_dataset, tiny_images, tiny_model, tiny_processor
+from transformers import AutoModelForImageClassification
 
+from dynammo_peft import ClassIncrementalScenario, Dynammo, DynammoArguments, Learner
 from dynammo_peft.merging import COMBINATIONS
 
 
@@ -24,12 +26,49 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     tiny_model("vit").save_pretrained("facebook/deit-tiny-patch16-224")
     tiny_processor(32).save_pretrained("facebook/deit-tiny-patch16-224")
     image_folder(tmp_path / "cells", classes=4, per_class=12)
-    learn, load = code_of("README.md")
+    learn, load, _ = code_of("README.md")
     exec(learn, {})
     assert "'last_accuracy': " in capsys.readouterr().out
     names = {"pixel_values": torch.randn(1, 3, 32, 32)}
     exec(load, names)
     assert names["label"] in {f"class {index}" for index in range(4)}
+
+
+def base_on(hub, tmp_path):
+    """The README's base model, on a Hub."""
+    folder = tmp_path / "base"
+    tiny_model("vit").save_pretrained(folder)
+    tiny_processor(32).save_pretrained(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.create_repo("facebook/deit-tiny-patch16-224", files=files)
+
+
+def test_the_readme_publishes(hub, waits, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base_on(hub, tmp_path)
+    image_folder(tmp_path / "cells", classes=4, per_class=12)
+    learn, _, publish = code_of("README.md")
+    exec(f"{learn}\n{publish.replace('me/cells', 'tester/cells')}", {})
+    assert {"adapter_model.safetensors", "README.md", "preprocessor_config.json"} <= set(hub.files("tester/cells"))
+
+
+def test_the_code_of_the_hub_page_runs(hub, waits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base_on(hub, tmp_path)
+    data = tiny_dataset(classes=3, per_class=10, names=["monocyte", "platelet", "basophil"])
+    names = {"train": data, "test": data, "image_processor": tiny_processor(32)}
+    model = AutoModelForImageClassification.from_pretrained("facebook/deit-tiny-patch16-224")
+    names["method"] = Dynammo(model, DynammoArguments(memory_size=12, adapter_epochs=1))
+    scenario = ClassIncrementalScenario(data, data, tiny_processor(32), groups=[["monocyte", "platelet"]])
+    names["results"] = Learner(names["method"]).fit(scenario)
+    for block in code_of("docs/hub.md"):
+        exec(block.replace("me/cells", "tester/cells"), names)
+    assert names["method"].groups == [["monocyte", "platelet"], ["basophil"]]
+    standalone, first, second = reversed(hub.history("tester/cells")[:3])
+    assert "modeling_dynammo.py" in standalone.files
+    assert "learning_state.json" in first.files
+    assert "task_001/adapter_model.safetensors" in set(second.files) - set(first.files)
+    assert (tmp_path / "cells" / "config.json").exists()
 
 
 @pytest.fixture

@@ -135,7 +135,8 @@ def _describe(hint: Any) -> str:
     """A type in words."""
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_describe(argument) for argument in arguments if argument is not type(None)))
+        # Python keeps the order in which such a union was first written anywhere.
+        return " or ".join(sorted({_describe(argument) for argument in arguments if argument is not type(None)}))
     if origin is Literal:
         return "one of " + ", ".join(map(repr, arguments))
     if origin in (list, set, tuple):
