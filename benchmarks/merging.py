@@ -66,13 +66,15 @@ class Row:
     Args:
         method (`str`): A key of `METHODS`.
         arguments (`dict[str, Any]`): Of the method.
-        config (`dict[str, Any]`): Of the `DynammoConfig`.
+        config (`dict[str, Any]`): Of the adapters' configuration.
+        lora (`bool`): Whether task adapters are LoRA instead of convolutions.
         forward_passes (`str`): At inference, with T tasks.
     """
 
     method: str = "dynammo"
     arguments: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    lora: bool = False
     forward_passes: str = "1"
 
 
@@ -86,6 +88,8 @@ ROWS: dict[str, Row] = {
     "exemplar_free": Row(arguments={"memory_size": 0}),
     "first_session": Row(arguments={"first_session": True}),
     "joint": Row("joint"),
+    "lora": Row(lora=True),
+    "lora, last layer": Row(lora=True, config={"feature_modules": []}),
     "heads=ridge": Row(arguments={"heads": "ridge"}),
     "heads=gaussians": Row(arguments={"heads": "gaussians"}),
     "heads=exemplars": Row(arguments={"heads": "exemplars"}),
@@ -135,7 +139,7 @@ class SharedLearner(dp.Learner):
         method = self.method
         arguments = method.arguments
         others = getattr(method, "exemplars_as_others", False) and arguments.memory_size > 0
-        key = (len(method.adapters), others, getattr(arguments, "feature_distillation", 0.0))
+        key = (len(method.adapters), type(method.config), others, getattr(arguments, "feature_distillation", 0.0))
         name = method.adapters[-1]
         own = {**adapter_tensors(method.model, name)}
         head = method.model.head
@@ -251,7 +255,7 @@ def run_seed(
         method = method_cls(
             AutoModelForImageClassification.from_pretrained(path),
             method_cls.arguments_cls(**arguments),
-            dp.DynammoConfig(**settings.config),
+            (dp.DynammoLoraConfig if settings.lora else dp.DynammoConfig)(**settings.config),
         )
         start = time.perf_counter()
         learner = SharedLearner(method, Accelerator(mixed_precision="bf16"), adapters, features)
