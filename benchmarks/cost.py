@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from dynammo_peft import DynammoConfig, forward_cost
-from dynammo_peft.data import ClassStatistics, fit_affine_map
+from dynammo_peft.data import ClassStatistics, choose_ridge, fit_affine_map
 from dynammo_peft.merging import learn_merge_weights
 from dynammo_peft.merging.optimization import EVALUATION_BATCHES
 from dynammo_peft.methods import DynammoArguments
@@ -198,7 +198,8 @@ def merging_rows(base, images, repeats, synchronize):
     def heads():
         known = ClassStatistics()
         known.update(features, torch.arange(len(features)) % (10 * CLASSES_PER_TASK))
-        known.move(fit_affine_map(features, features + 0.1))
+        moved, own = features + 0.1, torch.arange(len(features)) % CLASSES_PER_TASK
+        known.move(fit_affine_map(features, moved, choose_ridge(features, moved, own)))
         linear_discriminant(known, 0.1)
 
     granularities = ("task", "layer", "channel")
