@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 
 from ..tuner import DynammoLayer
 from ..tuner.head_config import HeadConfig
+from ..tuner.layer import equal_convolution
 from ..tuner.names import find_base_module
 from .modeling_dynammo import Adapter, DynammoForImageClassification, DynammoImageClassifierConfig
 
@@ -97,20 +98,6 @@ def fold_batch_norm(weight: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tenso
     """
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return weight.double() * scale[:, None, None, None], norm.bias.double() - norm.running_mean.double() * scale
-
-
-def equal_convolution(weight: Tensor) -> Tensor:
-    """The kernel of a plain convolution that computes what a transposed one of stride 1 and padding p does.
-
-    The plain convolution's padding is k - 1 - p.
-
-    Args:
-        weight (`Tensor`): The transposed convolution's kernel, `(C_in, C_out, k, k)`.
-
-    Returns:
-        `Tensor`: `(C_out, C_in, k, k)`.
-    """
-    return weight.flip(2, 3).transpose(0, 1)
 
 
 def _check_adapter(model: PeftModel, adapter_name: str) -> HeadConfig:

@@ -74,6 +74,20 @@ class WrappingLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError("A DynaMMo adapter is never folded into the base weights; there is nothing to undo.")
 
 
+def equal_convolution(weight: Tensor) -> Tensor:
+    """The kernel of a plain convolution that computes what a transposed one of stride 1 and padding p does.
+
+    The plain convolution's padding is k - 1 - p.
+
+    Args:
+        weight (`Tensor`): The transposed convolution's kernel, `(C_in, C_out, k, k)`.
+
+    Returns:
+        `Tensor`: `(C_out, C_in, k, k)`.
+    """
+    return weight.flip(2, 3).transpose(0, 1)
+
+
 class UpConvolution(nn.ConvTranspose2d):
     """A transposed convolution of stride 1; where it keeps the map's size, computed as the equal convolution.
 
@@ -83,7 +97,7 @@ class UpConvolution(nn.ConvTranspose2d):
     def forward(self, grid: Tensor) -> Tensor:
         if 2 * self.padding[0] != self.kernel_size[0] - 1:
             return super().forward(grid)
-        return F.conv2d(grid, self.weight.flip(2, 3).transpose(0, 1), padding=self.padding)
+        return F.conv2d(grid, equal_convolution(self.weight), padding=self.padding)
 
 
 class DynammoLayer(WrappingLayer):
