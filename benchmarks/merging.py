@@ -5,7 +5,8 @@
     python benchmarks/merging.py --report                          # the table of what is there
 
 Rows of a backbone, sequence and seed start from the same adapters: stage 1 is trained once for all methods that have
-the same images and the same loss in it. Each result is one line of `docs/results/merging.jsonl`; the table has means
+the same images and the same loss in it, and kept under `docs/results/adapters` (not in version control; delete the
+folder after a change of the training code). Each result is one line of `docs/results/merging.jsonl`; the table has means
 and deviations over seeds, each with a class order of its own. With `--validation_fraction 0.25`, a quarter of the
 training images takes the place of the test images, which are not read then; such results go to another file.
 """
@@ -26,6 +27,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -121,11 +123,12 @@ class SharedLearner(dp.Learner):
     """Trains stage 1 once for all methods with the same images in it, and keeps the features it has computed.
 
     Args:
-        adapters (`dict`): Trained adapters and heads by task and what is in the loss; shared between learners.
+        adapters (`Path`): Folder of trained adapters and heads, by task and what is in the loss; shared between
+            learners, and with later runs that add rows.
         features (`dict`): Features by adapter and image; shared between learners.
     """
 
-    def __init__(self, method: dp.Method, accelerator: Accelerator, adapters: dict, features: dict) -> None:
+    def __init__(self, method: dp.Method, accelerator: Accelerator, adapters: Path, features: dict) -> None:
         super().__init__(method, accelerator, progress=False)
         self.adapters = adapters
         self.known = features
@@ -139,7 +142,9 @@ class SharedLearner(dp.Learner):
         method = self.method
         arguments = method.arguments
         others = getattr(method, "exemplars_as_others", False) and arguments.memory_size > 0
-        key = (len(method.adapters), type(method.config), others, getattr(arguments, "feature_distillation", 0.0))
+        distillation = getattr(arguments, "feature_distillation", 0.0)
+        key = f"{type(method.config).__name__}-others_{others}-distillation_{distillation}-{len(method.adapters) - 1:03d}"
+        trained = self.adapters / f"{key}.safetensors"
         name = method.adapters[-1]
         own = {**adapter_tensors(method.model, name)}
         head = method.model.head
@@ -148,12 +153,16 @@ class SharedLearner(dp.Learner):
             "head.weight": head.dynammo_head[name].weight[:, : head.features],
             "head.bias": head.dynammo_head[name].bias,
         }
-        if key not in self.adapters:
+        if not trained.exists():
             super()._run(stage, title, scenario)
-            self.adapters[key] = {name: tensor.detach().clone() for name, tensor in own.items()}
+            trained.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = trained.with_suffix(".unfinished")
+            save_file({name: tensor.detach().contiguous() for name, tensor in own.items()}, unfinished)
+            unfinished.rename(trained)
+        stored = load_file(trained)
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(self.adapters[key][name])
+                tensor.copy_(stored[name])
 
     def _features(self, compute: Callable[..., Tensor], images: LabelledImages, adapter: str, views: int) -> Tensor:
         model = self.method.model
@@ -246,7 +255,8 @@ def run_seed(
         )
         for tasks in (groups, [list(chain(*groups))])
     )
-    adapters: dict[tuple, Any] = {}
+    part = f"validation_{validation_fraction}" if validation_fraction else "test"
+    adapters = out.parent / "adapters" / part / f"{backbone}-{name}-seed_{seed}-epochs_{epochs}"
     features: dict[tuple[str, str], Tensor] = {}
     for row in missing:
         settings = ROWS[row]
