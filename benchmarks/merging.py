@@ -6,9 +6,9 @@
 
 Rows of a backbone, sequence and seed start from the same adapters: stage 1 is trained once for all methods that have
 the same images and the same loss in it, and kept under `docs/results/adapters` (not in version control; delete the
-folder after a change of the training code). Each result is one line of `docs/results/merging.jsonl`; the table has means
-and deviations over seeds, each with a class order of its own. With `--validation_fraction 0.25`, a quarter of the
-training images takes the place of the test images, which are not read then; such results go to another file.
+folder after a change of the training code). Each result is one line of `docs/results/merging.jsonl`; the table has
+means and deviations over seeds, each with a class order of its own. With `--validation_fraction 0.25`, a quarter of
+the training images takes the place of the test images, which are not read then; such results go to another file.
 """
 
 from __future__ import annotations
@@ -143,9 +143,9 @@ class SharedLearner(dp.Learner):
         arguments = method.arguments
         others = getattr(method, "exemplars_as_others", False) and arguments.memory_size > 0
         distillation = getattr(arguments, "feature_distillation", 0.0)
-        key = f"{type(method.config).__name__}-others_{others}-distillation_{distillation}-{len(method.adapters) - 1:03d}"
-        trained = self.adapters / f"{key}.safetensors"
         name = method.adapters[-1]
+        key = f"{type(method.config).__name__}-others_{others}-distillation_{distillation}-{name}"
+        trained = self.adapters / f"{key}.safetensors"
         own = {**adapter_tensors(method.model, name)}
         head = method.model.head
         # What stage 1 trains of the head reads the last layer, whether others are read later or not.
