@@ -135,9 +135,9 @@ class SharedLearner(dp.Learner):
         compute = method.features
         method.features = lambda images, adapter, views=1: self._features(compute, images, adapter, views)
 
-    def _run(self, stage: Stage, title: str, scenario: dp.ClassIncrementalScenario) -> None:
+    def _run(self, stage: Stage, *arguments: Any) -> None:
         if stage.name != "adapter":
-            super()._run(stage, title, scenario)
+            super()._run(stage, *arguments)
             return
         method = self.method
         arguments = method.arguments
@@ -154,7 +154,7 @@ class SharedLearner(dp.Learner):
             "head.bias": head.dynammo_head[name].bias,
         }
         if not trained.exists():
-            super()._run(stage, title, scenario)
+            super()._run(stage, *arguments)
             trained.parent.mkdir(parents=True, exist_ok=True)
             unfinished = trained.with_suffix(".unfinished")
             save_file({name: tensor.detach().contiguous() for name, tensor in own.items()}, unfinished)

@@ -17,7 +17,7 @@ from .methods import (
     MethodArguments,
     Stage,
 )
-from .training import Learner, Results
+from .training import CheckpointError, Checkpoints, Learner, Results
 from .tuner import DynammoConfig, DynammoLoraConfig, DynammoLoraModel, DynammoModel
 from .version import __version__
 
@@ -26,6 +26,8 @@ __all__ = [
     "ACL",
     "METHODS",
     "AdapterMethodArguments",
+    "CheckpointError",
+    "Checkpoints",
     "ClassIncrementalScenario",
     "Cost",
     "Dynammo",

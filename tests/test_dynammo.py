@@ -624,7 +624,7 @@ def test_feature_distillation_holds_the_merged_features(scenario):
         learner = Learner(method, method.accelerator, progress=False)
         for task in (scenario[0], scenario[1]):
             for stage in method.learn(task):
-                learner._run(stage, "", scenario)
+                learner._run(stage, scenario)
             if task.index == 0:
                 before = method.features(scenario[0].test, "merged")
         moved[weight] = (method.features(scenario[0].test, "merged") - before).square().mean()

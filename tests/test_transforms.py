@@ -42,7 +42,7 @@ def batch(count, height=8, width=12, seed=0):
 def pixels_after(images, seed=0, **augmentation):
     """Augmented images, without normalisation."""
     transform = BatchTransform(mean=(0.0,) * 3, std=(1 / 255,) * 3, **augmentation)
-    augmented = transform(images, augment=True, generator=torch.Generator().manual_seed(seed))
+    augmented = transform(images, transform.draw(len(images), torch.Generator().manual_seed(seed)))
     assert augmented.shape == images.shape
     return augmented.round().numpy()
 
@@ -147,7 +147,7 @@ def test_one_mean_for_all_channels():
 def test_transforming_does_not_change_the_images():
     images = batch(4)
     before = images.clone()
-    BatchTransform((0.5,) * 3, (0.5,) * 3)(images, augment=True)
+    BatchTransform((0.5,) * 3, (0.5,) * 3)(images, BatchTransform.draw(4))
     assert torch.equal(images, before)
 
 
@@ -208,17 +208,30 @@ def test_augmentation_is_drawn_from_the_generator():
 
 
 def test_augmentation_without_a_generator_follows_the_global_seed():
-    images, transform = batch(20), BatchTransform((0.0,) * 3, (1.0,) * 3)
-    results = []
+    drawn = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        results.append(transform(images, augment=True))
-    assert torch.equal(results[0], results[1])
-    assert not torch.equal(results[0], results[2])
+        drawn.append(BatchTransform.draw(20))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
     state = torch.random.get_rng_state()
-    transform(images, augment=True, generator=torch.Generator().manual_seed(0))
-    transform(images)
+    BatchTransform.draw(20, torch.Generator().manual_seed(0))
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_an_images_augmentation_does_not_depend_on_its_batch():
+    images, transform = batch(9), BatchTransform((0.5,) * 3, (0.5,) * 3, vertical_flip=True)
+    drawn = transform.draw(9)
+    parts = [transform(images[part], drawn[part]) for part in (slice(0, 2), slice(2, 3), slice(3, 9))]
+    assert torch.equal(torch.cat(parts), transform(images, drawn))
+
+
+def test_the_largest_number_drawn_is_the_largest_shift():
+    # An image of one row, each pixel its place.
+    images = torch.arange(100, dtype=torch.uint8).repeat(1, 3, 2, 1)
+    transform = BatchTransform((0.0,) * 3, (1 / 255,) * 3, horizontal_flip=False, crop_padding=0.045)
+    drawn = torch.tensor([[0.5, torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)), 1.0, 1.0]])
+    assert transform(images, drawn)[0, 0, 0, :90].tolist() == list(range(4, 94))
 
 
 @pytest.mark.parametrize("size", [48, 400])

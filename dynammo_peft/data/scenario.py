@@ -46,6 +46,11 @@ class LabelledImages(Dataset):
         """The images of some classes."""
         return self.select(torch.isin(self.labels, torch.tensor(list(classes), dtype=self.labels.dtype)))
 
+    def of_rows(self, rows: Sequence[int]) -> LabelledImages:
+        """The images in some rows of the original data set, in the order of `rows`."""
+        places = {row: place for place, row in enumerate(self.rows.tolist())}
+        return self.select(torch.tensor([places[row] for row in rows], dtype=torch.long))
+
     @staticmethod
     def concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
         """All images of several sets, in order."""
@@ -110,6 +115,10 @@ class ClassIncrementalScenario:
         exemplar_rows (`Sequence[int]`): Rows of `train` with exemplars of the classes learned before.
         progress (`bool`): Whether to show a progress bar while images are decoded.
 
+    Attributes:
+        train (`LabelledImages`): Training images of all tasks.
+        test (`LabelledImages`): Test images of all tasks.
+
     Raises:
         ValueError: If a column is missing or no class label, the tasks do not partition the classes, a task has no
             images, or an image cannot be read.
@@ -172,9 +181,9 @@ class ClassIncrementalScenario:
         train_labels = _only_exemplars(train_labels, len(before), self.exemplar_rows)
         self._check_all_tasks_have_images(train_labels, "train")
         self._check_all_tasks_have_images(test_labels, "test")
-        self._train = _decode_known(train, train_labels, image_column, image_processor, progress, "training images")
-        self._test = _decode_known(test, test_labels, image_column, image_processor, progress, "test images")
-        for height, width in {tuple(self._test.images.shape[2:])} - {self.image_size}:
+        self.train = _decode_known(train, train_labels, image_column, image_processor, progress, "training images")
+        self.test = _decode_known(test, test_labels, image_column, image_processor, progress, "test images")
+        for height, width in {tuple(self.test.images.shape[2:])} - {self.image_size}:
             raise ValueError(
                 f"Training images come out as {self.image_size[0]}x{self.image_size[1]} pixels, test images as "
                 f"{height}x{width}; use an image processor that resizes to one height and width."
@@ -195,8 +204,8 @@ class ClassIncrementalScenario:
             index=index,
             class_names=list(self.groups[index]),
             first_class=first,
-            train=self._train.of_classes(classes),
-            test=self._test.of_classes(classes),
+            train=self.train.of_classes(classes),
+            test=self.test.of_classes(classes),
         )
 
     def __iter__(self) -> Iterator[Task]:
@@ -210,13 +219,12 @@ class ClassIncrementalScenario:
     @property
     def exemplars(self) -> LabelledImages:
         """The images in `exemplar_rows`, in their order."""
-        places = {row: place for place, row in enumerate(self._train.rows.tolist())}
-        return self._train.select(torch.tensor([places[row] for row in self.exemplar_rows], dtype=torch.long))
+        return self.train.of_rows(self.exemplar_rows)
 
     @property
     def learned_test(self) -> LabelledImages:
         """Test images of the classes that were learned before; there may be none."""
-        return self._test.of_classes(range(self.learned_classes))
+        return self.test.of_classes(range(self.learned_classes))
 
     @property
     def num_classes(self) -> int:
@@ -226,7 +234,7 @@ class ClassIncrementalScenario:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images, in pixels."""
-        return tuple(self._train.images.shape[2:])
+        return tuple(self.train.images.shape[2:])
 
     def task_of_class(self) -> list[int]:
         """The task of each class, in the order of the classes' numbers."""

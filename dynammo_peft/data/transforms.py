@@ -125,46 +125,60 @@ class BatchTransform:
         mean, std = ((np.atleast_1d(values) / (255 * factor)).tolist() for values in (mean, std))
         return cls(mean=mean, std=std, **augmentation)
 
-    def __call__(self, images: Tensor, augment: bool = False, generator: Optional[torch.Generator] = None) -> Tensor:
+    @staticmethod
+    def draw(count: int, generator: Optional[torch.Generator] = None) -> Tensor:
+        """What decides on the augmentation of images, each on its own, whatever batch or process it comes to.
+
+        Args:
+            count (`int`): Number of images.
+            generator (`Optional[torch.Generator]`): Source of randomness on the CPU; PyTorch's own if `None`.
+
+        Returns:
+            `Tensor`: Numbers from 0 to 1, `(count, 4)`: for the shift down and right, and for both flips.
+        """
+        return torch.rand(count, 4, generator=generator)
+
+    def __call__(self, images: Tensor, drawn: Optional[Tensor] = None) -> Tensor:
         """
         Args:
             images (`Tensor`): `(B, 3, H, W)`, `uint8`.
-            augment (`bool`): Whether to flip and crop at random; otherwise only normalises.
-            generator (`Optional[torch.Generator]`): Source of randomness on the CPU; PyTorch's own if `None`.
+            drawn (`Optional[Tensor]`): From `draw`, of these images, `(B, 4)`: flips and crops them; without, images
+                are normalised only.
 
         Returns:
             `Tensor`: `(B, 3, H, W)`, `float32`.
         """
-        if augment:
-            images = self._augment(images, generator)
+        if drawn is not None:
+            images = self._augment(images, drawn)
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1) * 255
         std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1) * 255
         return (images.float() - mean) / std
 
-    def _augment(self, images: Tensor, generator: Optional[torch.Generator]) -> Tensor:
+    def _augment(self, images: Tensor, drawn: Tensor) -> Tensor:
         batch, channels, height, width = images.shape
-        rows = _offsets(batch, height, self.crop_padding, generator)
-        columns = _offsets(batch, width, self.crop_padding, generator)
+        down, right, vertical, horizontal = drawn.unbind(1)
+        rows = _offsets(down, height, self.crop_padding)
+        columns = _offsets(right, width, self.crop_padding)
         if self.vertical_flip:
-            rows = _flip_some(rows, generator)
+            rows = _flip_some(rows, vertical)
         if self.horizontal_flip:
-            columns = _flip_some(columns, generator)
+            columns = _flip_some(columns, horizontal)
         rows, columns = _reflect(rows, height).to(images.device), _reflect(columns, width).to(images.device)
         index = torch.arange(batch, device=images.device)[:, None, None, None]
         planes = torch.arange(channels, device=images.device)[None, :, None, None]
         return images[index, planes, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def _offsets(batch: int, length: int, padding: float, generator: Optional[torch.Generator]) -> Tensor:
-    """Which pixel stands where after a random shift, `(batch, length)`; may lie outside the image."""
+def _offsets(drawn: Tensor, length: int, padding: float) -> Tensor:
+    """Which pixel stands where after a random shift, `(B, length)`; may lie outside the image."""
     reach = round(length * padding)
-    shift = torch.randint(-reach, reach + 1, (batch, 1), generator=generator)
-    return torch.arange(length)[None, :] + shift
+    # Rounding may take a number close to 1 to 1.
+    shift = (drawn * (2 * reach + 1)).long().clamp(max=2 * reach) - reach
+    return torch.arange(length)[None, :] + shift[:, None]
 
 
-def _flip_some(index: Tensor, generator: Optional[torch.Generator]) -> Tensor:
-    flip = torch.rand(len(index), 1, generator=generator) < 0.5
-    return torch.where(flip, index.flip(1), index)
+def _flip_some(index: Tensor, drawn: Tensor) -> Tensor:
+    return torch.where(drawn[:, None] < 0.5, index.flip(1), index)
 
 
 def _reflect(index: Tensor, length: int) -> Tensor:

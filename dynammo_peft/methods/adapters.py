@@ -117,6 +117,20 @@ class AdapterMethod(Method):
         self.adapters.append(name)
         self.model.set_adapter(name)
 
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"adapters": list(self.adapters)}, {}
+
+    def restore(
+        self,
+        values: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        scenario: Optional[ClassIncrementalScenario] = None,
+    ) -> None:
+        self.adapters = list(values["adapters"])
+        for name in dict.fromkeys([*self.adapters, *self.inference_adapters]) if self.adapters else ():
+            if name not in getattr(self.model, "peft_config", {}):
+                raise ValueError(f"The model has no adapter {name!r}, with which learning would go on.")
+
     @property
     def inference_adapters(self) -> list[str]:
         return list(self.adapters)
@@ -179,25 +193,28 @@ class TwoStageMethod(AdapterMethod):
         return self.memory.rows or self._restored_rows
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What it takes to go on learning, beside the adapters: plain values and tensors; no image."""
-        return {"adapters": list(self.adapters), "exemplar_rows": self.memory.rows}, {}
+        values, tensors = super().state()
+        images = self.memory.images()
+        labels = images.labels.tolist() if images is not None else []
+        return {**values, "exemplar_rows": self.memory.rows, "exemplar_labels": labels}, tensors
 
-    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Goes on where the method stood that gave this `state`; the model has its adapters.
+    def restore(
+        self,
+        values: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        scenario: Optional[ClassIncrementalScenario] = None,
+    ) -> None:
+        super().restore(values, tensors, scenario)
+        self._restored_rows = list(values["exemplar_rows"])
+        if scenario is not None and self._restored_rows:
+            self.memory.restore(self._recall(scenario, self._restored_rows, values["exemplar_labels"]))
 
-        The exemplars come with the scenario, whose `exemplar_rows` are those of the state.
-
-        Args:
-            values (`Mapping[str, Any]`): Plain values.
-            tensors (`Mapping[str, Tensor]`): Tensors by name.
-
-        Raises:
-            ValueError: If the model lacks an adapter, or the state does not fit the method's options.
-        """
-        self.adapters, self._restored_rows = list(values["adapters"]), list(values["exemplar_rows"])
-        for name in dict.fromkeys([*self.adapters, *self.inference_adapters]):
-            if name not in getattr(self.model, "peft_config", {}):
-                raise ValueError(f"The model has no adapter {name!r}, with which learning would go on.")
+    def _recall(self, scenario: ClassIncrementalScenario, rows: list[int], labels: list[int]) -> LabelledImages:
+        """The exemplars as they were: of classes learned before the scenario those at hand, the others from it."""
+        learned = scenario.learned_classes
+        old, new = ([row for row, label in zip(rows, labels) if (label < learned) == was] for was in (True, False))
+        parts = [self.memory.images().of_rows(old)] if old else []
+        return LabelledImages.concatenate([*parts, scenario.train.of_rows(new)])
 
     @staticmethod
     def adapter_name(task: Task) -> str:

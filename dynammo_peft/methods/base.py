@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Optional
+from typing import Any, ClassVar, Literal, Optional
 
 import torch
 from accelerate import Accelerator
@@ -144,6 +144,32 @@ class Method(ABC):
     def inference_adapters(self) -> list[str]:
         """Names of the adapters that `logits` needs: what to save for inference."""
 
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a method knows between two tasks, beside the adapters of its model: plain values and tensors.
+
+        No image is in it. A method that adds adapters overrides this, so as to leave the frozen backbone out.
+        """
+        return {}, dict(self.model.state_dict())
+
+    def restore(
+        self,
+        values: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        scenario: Optional[ClassIncrementalScenario] = None,
+    ) -> None:
+        """Goes on where the method stood that gave this `state`; the model has its adapters.
+
+        Args:
+            values (`Mapping[str, Any]`): Plain values.
+            tensors (`Mapping[str, Tensor]`): Tensors by name.
+            scenario (`Optional[ClassIncrementalScenario]`): What the method has begun with, if it has: images that it
+                kept are found there. Otherwise they come with the scenario that it will begin with.
+
+        Raises:
+            ValueError: If the model lacks an adapter, or the state does not fit the method's options.
+        """
+        self.model.load_state_dict(tensors)
+
     @abstractmethod
     def logits(self, images: Tensor) -> Tensor:
         """
@@ -161,7 +187,8 @@ class Method(ABC):
         Args:
             images (`LabelledImages`): The images.
             adapter (`str`): Name of the adapter; it is active afterwards, and frozen.
-            views (`int`): The first view of each image is itself, further ones are augmented, the same at each call.
+            views (`int`): The first view of each image is itself, further ones are augmented, the same at each call
+                and for any number of processes.
             batch_size (`int`): Images a process and step.
 
         Returns:
@@ -169,15 +196,19 @@ class Method(ABC):
         """
         self.model.set_adapter(adapter, inference_mode=True)
         self.model.eval()
-        loader = self.accelerator.prepare_data_loader(DataLoader(TensorDataset(images.images), batch_size=batch_size))
+        places = torch.arange(len(images))
+        loader = self.accelerator.prepare_data_loader(
+            DataLoader(TensorDataset(images.images, places), batch_size=batch_size)
+        )
         self.model.to(self.accelerator.device)
         generator = torch.Generator().manual_seed(self.arguments.seed)
         all_views = []
         for view in range(views):
+            drawn = self.transform.draw(len(images), generator) if view > 0 else None
             parts = []
             with self.model.head_output("features"), self.accelerator.autocast():
-                for (batch,) in loader:
-                    pixel_values = self.transform(batch, augment=view > 0, generator=generator)
+                for batch, rows in loader:
+                    pixel_values = self.transform(batch, drawn[rows.cpu()] if view > 0 else None)
                     features = self.model(pixel_values=pixel_values).logits
                     parts.append(self.accelerator.gather_for_metrics(features.float()).cpu())
             all_views.append(torch.cat(parts))

@@ -171,13 +171,18 @@ class Dynammo(TwoStageMethod):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = super().state()
-        if self.statistics is not None:
+        if self.statistics is not None and len(self.statistics):
             tensors |= {f"statistics.{name}": tensor for name, tensor in self.statistics.state().items()}
         return values, tensors | self.merging.state()
 
-    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        super().restore(values, tensors)
-        if self.statistics is not None:
+    def restore(
+        self,
+        values: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        scenario: Optional[ClassIncrementalScenario] = None,
+    ) -> None:
+        super().restore(values, tensors, scenario)
+        if self.statistics is not None and self.adapters:
             own = {name.removeprefix("statistics."): tensor for name, tensor in tensors.items()}
             self.statistics.restore(own)
         self.merging.restore(self.adapters, tensors)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -30,6 +31,19 @@ class Joint(AdapterMethod):
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         super().begin(scenario, accelerator)
         self._seen: list[Task] = []
+
+    def restore(
+        self,
+        values: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        scenario: Optional[ClassIncrementalScenario] = None,
+    ) -> None:
+        super().restore(values, tensors, scenario)
+        self._seen = [scenario[index] for index in range(values["tasks"])]
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        values, tensors = super().state()
+        return {**values, "tasks": len(self._seen)}, tensors
 
     def learn(self, task: Task) -> Iterator[Stage]:
         self._seen.append(task)

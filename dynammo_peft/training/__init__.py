@@ -1,5 +1,7 @@
+from .checkpoint import Checkpoints
 from .learner import Learner
 from .results import Results
+from .store import CheckpointError
 
 
-__all__ = ["Learner", "Results"]
+__all__ = ["CheckpointError", "Checkpoints", "Learner", "Results"]

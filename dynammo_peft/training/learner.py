@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from ..data import ClassIncrementalScenario, LabelledImages, Task
 from ..methods import Method, Stage
+from .agreement import check_agreement
+from .batches import derived_seed
+from .checkpoint import Checkpoints, Position
+from .loop import TrainingLoop
 from .results import Results
+from .trained import restore_tensors
 
 
 class Learner:
@@ -25,11 +29,15 @@ class Learner:
 
     Device placement, several processes, mixed precision, gradient accumulation and trackers are Accelerate's.
 
+    The outcome does not depend on the number of processes, up to rounding: they share each batch, BatchNorm sees all
+    of it, and what is drawn for an image is drawn for its place in the epoch. Batch sizes are those of one process.
+
     Args:
         method (`Method`): What to train in each task.
         accelerator (`Optional[Accelerator]`): Where and how; Accelerate's defaults if `None`.
         eval_batch_size (`int`): Test images a process and step.
         progress (`bool`): Whether to show progress bars (only ever on the main process).
+        checkpoints (`Optional[Checkpoints]`): Where to save what it takes to resume; nowhere if `None`.
 
     Example:
 
@@ -47,17 +55,20 @@ class Learner:
         accelerator: Optional[Accelerator] = None,
         eval_batch_size: int = 64,
         progress: bool = True,
+        checkpoints: Optional[Checkpoints] = None,
     ) -> None:
         self.method = method
         self.accelerator = accelerator if accelerator is not None else Accelerator()
         self.eval_batch_size = eval_batch_size
         self.progress = progress and self.accelerator.is_main_process
-        self._step = 0
+        self.checkpoints = checkpoints
+        self._position = Position()
 
     def fit(
         self,
         scenario: ClassIncrementalScenario,
         after_task: Optional[Callable[[Task, Results], None]] = None,
+        resume_from_checkpoint: Optional[str] = None,
     ) -> Results:
         """
         Learns all tasks.
@@ -65,44 +76,122 @@ class Learner:
         Args:
             scenario (`ClassIncrementalScenario`): The tasks.
             after_task (`Optional[Callable]`): Called on every process after each task was learned and scored.
+            resume_from_checkpoint (`Optional[str]`): Path of a checkpoint, or `"latest"`: the newest of `checkpoints`,
+                and if there is none yet, learning begins.
 
         Returns:
             `Results`: Predictions on the test images of all classes seen, after each task.
 
         Raises:
-            ValueError: If the method cannot learn the scenario; nothing was trained then.
+            ValueError: If the method cannot learn the scenario, or the checkpoint is of another run; nothing was
+                trained then.
+            CheckpointError: If a checkpoint cannot be written or read.
+            RuntimeError: If processes come to different results.
         """
+        if resume_from_checkpoint is not None and self.checkpoints is None:
+            raise ValueError("resume_from_checkpoint needs the learner's checkpoints; give it Checkpoints(directory).")
         set_seed(self.method.arguments.seed)
         self.method.begin(scenario, self.accelerator)
         results, seen, offset = self._begin_results(scenario)
+        self._position = Position(task=scenario.first_task)
+        if self.checkpoints is not None:
+            begun = (self.method, scenario, self.accelerator, results, resume_from_checkpoint)
+            self._position = self.checkpoints.begin(*begun)
+        if scenario.first_task == self._position.task:
+            self._score_learned(scenario, results, seen)
         for task in scenario:
-            # What a task draws does not depend on what was learned before in this process or in another.
-            set_seed(self.method.arguments.seed + task.index)
-            start = time.perf_counter()
-            for stage in self.method.learn(task):
-                self._run(stage, f"Task {task.index + 1}/{len(scenario)}", scenario)
-            seconds = time.perf_counter() - start
+            if task.index < self._position.task:
+                seen.append(task.test)
+                continue
+            seconds = self._learn(task, scenario)
             seen.append(task.test)
             results.add(task.index - offset, *self._score(seen, scenario), seconds)
-            measures = results.metrics()
-            self.accelerator.log(
-                {name: value for name, value in measures.items() if isinstance(value, float)}
-                | {"task": task.index, "task_seconds": seconds},
-                step=self._step,
-            )
+            check_agreement(self.accelerator, self.method, task, results)
+            step = self._position.step
+            self._position = Position(task=task.index + 1, step=step)
+            if self.checkpoints is not None:
+                self.checkpoints.after_task(task.index + 1, step)
+            self._log_task(task, results, seconds)
             if after_task is not None:
                 after_task(task, results)
         return results
 
+    def _log_task(self, task: Task, results: Results, seconds: float) -> None:
+        measures = {name: value for name, value in results.metrics().items() if isinstance(value, float)}
+        self.accelerator.log({**measures, "task": task.index, "task_seconds": seconds}, step=self._position.step)
+
     def _begin_results(self, scenario: ClassIncrementalScenario) -> tuple[Results, list[LabelledImages], int]:
-        """Results so far, the test images of the classes learned before, and the index of the first task measured."""
+        """Empty results, the test images of the classes learned before, and the index of the first task measured."""
         first, coming = scenario.first_task, scenario.groups[scenario.first_task :]
         learned = scenario.class_names[: scenario.learned_classes]
         if not first or not len(scenario.learned_test):
             return Results(groups=coming, learned=learned), [], first
-        results, seen = Results(groups=[learned, *coming], learned=learned), [scenario.learned_test]
-        results.add(0, *self._score(seen, scenario), seconds=0.0)
-        return results, seen, first - 1
+        return Results(groups=[learned, *coming], learned=learned), [scenario.learned_test], first - 1
+
+    def _score_learned(self, scenario: ClassIncrementalScenario, results: Results, seen: list[LabelledImages]) -> None:
+        """Measures what was learned before, if there are test images of it, once."""
+        if seen and not results.seconds:
+            results.add(0, *self._score(seen, scenario), seconds=0.0)
+
+    def _learn(self, task: Task, scenario: ClassIncrementalScenario) -> float:
+        """Learns a task, or the rest of it; returns the seconds that it took in all."""
+        # What a task draws does not depend on what was learned before in this process or in another.
+        set_seed(self.method.arguments.seed + task.index)
+        position = self._position
+        self._began = time.perf_counter() - position.seconds
+        for index, stage in enumerate(self.method.learn(task)):
+            if index < len(position.stages):
+                self._redo(stage, position.stages[index])
+                continue
+            seed = derived_seed(self.method.arguments.seed, task.index, index)
+            running = position.running if index == len(position.stages) else None
+            trained = self._run(stage, scenario, f"Task {task.index + 1}/{len(scenario)}", seed, running)
+            if self.checkpoints is not None:
+                self.checkpoints.after_stage(task.index, index, trained, position.step, self._seconds)
+        return self._seconds
+
+    @property
+    def _seconds(self) -> float:
+        """Spent on the task so far, by this process and those it goes on from."""
+        return time.perf_counter() - self._began
+
+    def _redo(self, stage: Stage, saved: dict[str, Any]) -> None:
+        """Puts what an earlier process has trained in place of training."""
+        stage.network.train()
+        restore_tensors(stage.network, saved["trained"])
+        stage.network.eval()
+        self.checkpoints.restore_randomness(saved)
+
+    def _run(
+        self,
+        stage: Stage,
+        scenario: ClassIncrementalScenario,
+        title: str = "",
+        seed: int = 0,
+        running: Optional[dict[str, Any]] = None,
+    ) -> dict[str, Tensor]:
+        """Trains a stage, or the rest of it; returns what was trained."""
+        loop = TrainingLoop(stage, self.accelerator, scenario.transform, seed, running)
+        if running is not None:
+            self.checkpoints.restore_randomness(running)
+        position, last_saved = self._position, self._position.step
+        with tqdm(total=len(loop), initial=loop.done, disable=not self.progress, leave=False) as bar:
+            for measured in loop:
+                position.step += 1
+                bar.update()
+                if bar.n % 10 == 0 or bar.n == bar.total:
+                    epoch = f"epoch {(bar.n - 1) // loop.batches + 1}/{loop.epochs}"
+                    loss, accuracy = measured or loop.mean_loss_and_accuracy()
+                    bar.set_description(f"{title}, {stage.name}, {epoch}")
+                    bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}")
+                if measured is not None:
+                    loss, accuracy = measured
+                    values = {f"{stage.name}/loss": loss, f"{stage.name}/accuracy": accuracy}
+                    self.accelerator.log(values, step=position.step)
+                if self._is_due(position.step - last_saved):
+                    self.checkpoints.during_stage(position.task, loop.state(), position.step, self._seconds)
+                    last_saved = position.step
+        return loop.end()
 
     def _score(self, seen: list[LabelledImages], scenario: ClassIncrementalScenario) -> tuple[list[int], list[int]]:
         """Predicted and true classes, numbered as in the results."""
@@ -113,63 +202,16 @@ class Learner:
         first, count = scenario.learned_classes, scenario.num_classes
         return [(label - first) % count for label in predictions], [(label - first) % count for label in references]
 
-    def _run(self, stage: Stage, title: str, scenario: ClassIncrementalScenario) -> None:
-        """One training loop."""
-        accelerator = self.accelerator
-        epochs, batch_size = stage.optimization.epochs, stage.optimization.batch_size
-        # BatchNorm cannot normalise a batch of one.
-        drop_last = len(stage.data) > batch_size and len(stage.data) % batch_size == 1
-        loader = DataLoader(stage.data, batch_size=batch_size, shuffle=True, drop_last=drop_last)
-        updates = epochs * math.ceil(len(loader) / accelerator.gradient_accumulation_steps)
-        optimizer, scheduler = stage.optimization.make(stage.network, updates)
-        network, optimizer, loader, scheduler = accelerator.prepare(stage.network, optimizer, loader, scheduler)
-        bar = tqdm(total=epochs * len(loader), disable=not self.progress, leave=False)
-        for epoch in range(epochs):
-            network.train()
-            epoch_loss, hits = torch.zeros(2, device=accelerator.device)
-            count = 0
-            for inputs, labels in loader:
-                if inputs.dtype == torch.uint8:
-                    inputs = scenario.transform(inputs, augment=True)
-                with accelerator.accumulate(network):
-                    loss, met = stage.observe(network, inputs, labels)
-                    accelerator.backward(loss)
-                    optimizer.step()
-                    scheduler.step()
-                    optimizer.zero_grad()
-                epoch_loss += loss.detach() * len(labels)
-                hits += met.sum()
-                count += len(labels)
-                self._step += 1
-                bar.update()
-                if bar.n % 10 == 0 or bar.n == bar.total:
-                    bar.set_description(f"{title}, {stage.name}, epoch {epoch + 1}/{epochs}")
-                    bar.set_postfix(loss=f"{float(epoch_loss) / count:.3f}", accuracy=f"{float(hits) / count:.3f}")
-            self._log_epoch(stage.name, epoch_loss, hits, count)
-        bar.close()
-        self._release(stage.network, network)
+    def _redo(self, stage: Stage, saved: dict[str, Any]) -> None:
+        """Puts what an earlier process has trained in place of training."""
+        stage.network.train()
+        restore_tensors(stage.network, saved["trained"])
+        stage.network.eval()
+        self.checkpoints.restore_randomness(saved)
 
-    def _log_epoch(self, stage: str, loss: Tensor, hits: Tensor, count: int) -> None:
-        """Means over all processes, to the trackers."""
-        totals = torch.stack([loss.double(), hits.double(), loss.new_tensor(count).double()])
-        loss_sum, hits_sum, count_sum = self.accelerator.reduce(totals).tolist()
-        self.accelerator.log(
-            {f"{stage}/loss": loss_sum / count_sum, f"{stage}/accuracy": hits_sum / count_sum}, step=self._step
-        )
-
-    def _release(self, network: nn.Module, prepared: nn.Module) -> None:
-        """Takes Accelerate's wrappers off again: the next stage trains other parameters and needs new ones."""
-        self.accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-        # Accelerate would take a network with this mark for wrapped, and leave it alone.
-        vars(network).pop("_is_accelerate_prepared", None)
-        self.accelerator.free_memory()
-        with torch.no_grad():
-            # Each process has seen other images, so running statistics differ.
-            for module in network.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                    for statistic in (module.running_mean, module.running_var):
-                        statistic.copy_(self.accelerator.reduce(statistic, reduction="mean"))
-        network.eval()
+    def _is_due(self, steps: int) -> bool:
+        """Whether to save the running stage, `steps` after it was saved; gradients not yet used would get lost."""
+        return self.checkpoints is not None and self.accelerator.sync_gradients and self.checkpoints.is_due(steps)
 
     @torch.no_grad()
     def _predict(self, images: LabelledImages, scenario: ClassIncrementalScenario) -> tuple[list[int], list[int]]:

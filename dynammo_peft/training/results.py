@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
@@ -39,6 +40,15 @@ class Results:
         self.references += references
         self.after_task += [task] * len(references)
         self.seconds.append(seconds)
+
+    def state(self) -> dict[str, Any]:
+        """What was measured, as plain values."""
+        return {name: list(getattr(self, name)) for name in ("predictions", "references", "after_task", "seconds")}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state` of results of the same tasks gave."""
+        for name, values in state.items():
+            setattr(self, name, list(values))
 
     def metrics(self) -> dict[str, Any]:
         """All measures of `dynammo_peft.evaluation.METRICS` after the tasks learned so far."""

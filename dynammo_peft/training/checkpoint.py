@@ -1,0 +1,241 @@
+"""What it takes to resume: written while a method learns, and read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.config import PeftConfigMixin
+from torch import Tensor, nn
+
+from ..data import ClassIncrementalScenario
+from ..methods import Method
+from .agreement import adapter_state
+from .identity import check_same_run, describe_run, versions
+from .results import Results
+from .rng import random_states, restore_random_states
+from .store import CheckpointError, CheckpointStore
+
+
+LATEST = "latest"
+
+
+@dataclass
+class Position:
+    """How far learning has come.
+
+    Args:
+        task (`int`): Index of the task that comes next, or is being learned.
+        step (`int`): Training steps of all tasks.
+        seconds (`float`): Spent on the task before.
+        stages (`list[dict]`): What the task's finished stages have trained.
+        running (`Optional[dict]`): Where the stage after them stands, if it has begun.
+    """
+
+    task: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    running: Optional[dict[str, Any]] = None
+
+
+class Checkpoints:
+    """
+    Writes a checkpoint after each task, after each stage and every `save_steps` training steps; resumes from one.
+
+    They hold adapters, the state of the method (which rows are exemplars, class statistics), optimizer, schedule,
+    sources of randomness, the place in the epoch, and the measures; no image. See [`CheckpointStore`] for the files.
+
+    Args:
+        directory (`Union[str, os.PathLike]`): Where to.
+        save_steps (`int`): Training steps between checkpoints of a stage.
+        save_total_limit (`int`): How many checkpoints to keep.
+
+    Raises:
+        ValueError: If a number is less than 1.
+    """
+
+    def __init__(self, directory: Union[str, os.PathLike], save_steps: int = 500, save_total_limit: int = 2) -> None:
+        if save_steps < 1:
+            raise ValueError(f"save_steps={save_steps} must be at least 1.")
+        self.store = CheckpointStore(directory, save_total_limit)
+        self.save_steps = save_steps
+
+    def begin(
+        self,
+        method: Method,
+        scenario: ClassIncrementalScenario,
+        accelerator: Accelerator,
+        results: Results,
+        resume_from_checkpoint: Optional[str] = None,
+    ) -> Position:
+        """Called after the method's own `begin`: restores method and results, if there is something to resume.
+
+        Args:
+            method (`Method`): Has learned nothing in this run.
+            scenario (`ClassIncrementalScenario`): What it will learn.
+            accelerator (`Accelerator`): Where and how.
+            results (`Results`): Without measures.
+            resume_from_checkpoint (`Optional[str]`): `"latest"`, or the path of a checkpoint.
+
+        Returns:
+            `Position`: Where to go on.
+
+        Raises:
+            ValueError: If the checkpoint is of another run, or there are checkpoints that shall not be resumed from.
+            CheckpointError: If it cannot be read.
+        """
+        self._method, self._accelerator, self._results = method, accelerator, results
+        self._run = describe_run(method, scenario, accelerator)
+        self._parts: dict[str, str] = {}
+        if resume_from_checkpoint is None:
+            if self.store.paths():
+                raise ValueError(
+                    f"{self.store.directory} has checkpoints of an earlier run; resume from them "
+                    "(resume_from_checkpoint='latest'), delete them, or choose another folder."
+                )
+            saved = None
+        else:
+            saved = self._read(resume_from_checkpoint)
+        if saved is None:
+            self._snapshot()
+            return Position(task=scenario.first_task)
+        check_same_run(saved["run"], self._run, saved["path"])
+        for name, version in versions().items():
+            if saved["versions"].get(name) != version:
+                warnings.warn(
+                    f"{saved['path']} was written with {name} {saved['versions'].get(name)}, this is {version}; the "
+                    "outcome may differ by more than rounding.",
+                    stacklevel=3,
+                )
+        parts = saved["parts"]
+        restore_method(method, parts, scenario)
+        results.restore(parts["results"])
+        stages = sorted(key for key in parts if key.startswith("stage "))
+        self._parts = {key: name for key, name in saved["names"].items() if key != "running"}
+        return Position(
+            task=saved["task"],
+            step=saved["step"],
+            seconds=saved["seconds"],
+            stages=[parts[key] for key in stages],
+            running=parts.get("running"),
+        )
+
+    def is_due(self, steps: int) -> bool:
+        """Whether a stage is to be saved, `steps` after it was."""
+        return steps >= self.save_steps
+
+    def after_task(self, task: int, step: int) -> None:
+        """Saves everything; `task` is the one that comes next."""
+        self._snapshot()
+        self._commit(task, step, 0.0, self._parts)
+
+    def after_stage(self, task: int, stage: int, trained: Mapping[str, Tensor], step: int, seconds: float) -> None:
+        """Saves what a stage of a task has trained; `seconds` were spent on the task."""
+        content = {"trained": dict(trained), "random": random_states(self._accelerator)}
+        if self._accelerator.is_main_process:
+            self._parts[f"stage {stage:03d}"] = self.store.put(content)
+        self._commit(task, step, seconds, self._parts)
+
+    def during_stage(self, task: int, running: Mapping[str, Any], step: int, seconds: float) -> None:
+        """Saves where a stage stands."""
+        content = {**running, "random": random_states(self._accelerator)}
+        if self._accelerator.is_main_process:
+            self._commit(task, step, seconds, {**self._parts, "running": self.store.put(content)})
+
+    def restore_randomness(self, saved: Mapping[str, Any]) -> None:
+        """As it was when a stage was saved."""
+        restore_random_states(saved["random"], self._accelerator)
+
+    def _read(self, which: str) -> Optional[dict[str, Any]]:
+        """A checkpoint, read by the main process; the others need not see the folder."""
+        found: list[Any] = [None]
+        if self._accelerator.is_main_process:
+            try:
+                paths = self.store.paths() if which == LATEST else [Path(which)]
+                found = [{**self.store.read(paths[-1]), "path": str(paths[-1])} if paths else None]
+            except CheckpointError as error:
+                found = [error]
+        if self._accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if isinstance(found[0], CheckpointError):
+            raise found[0]
+        return found[0]
+
+    def _snapshot(self) -> None:
+        """Writes the parts that do not change while a task is learned."""
+        if self._accelerator.is_main_process:
+            parts = {**method_parts(self._method), "results": self._results.state()}
+            self._parts = {key: self.store.put(content) for key, content in parts.items()}
+
+    def _commit(self, task: int, step: int, seconds: float, parts: Mapping[str, str]) -> None:
+        if self._accelerator.is_main_process:
+            content = {
+                "task": task,
+                "seconds": seconds,
+                "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "versions": versions(),
+                "run": self._run,
+            }
+            self.store.commit(step, content, parts)
+
+
+def method_parts(method: Method) -> dict[str, Any]:
+    """A method between two tasks, as parts of a checkpoint."""
+    values, tensors = method.state()
+    model = method.model
+    parts: dict[str, Any] = {"method": {"values": values, "tensors": tensors}}
+    if isinstance(model, PeftModel):
+        for name, config in model.peft_config.items():
+            plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
+            parts[f"adapter {name}"] = {"config": json.dumps(plain), "tensors": adapter_state(model, name)}
+    if getattr(method.arguments, "train_backbone", False):
+        parts["backbone"] = _backbone_state(model)
+    return parts
+
+
+def restore_method(method: Method, parts: Mapping[str, Any], scenario: ClassIncrementalScenario) -> None:
+    """The way back from `method_parts`, for a method that has begun with `scenario`."""
+    for key, part in parts.items():
+        if key.startswith("adapter "):
+            _restore_adapter(method, key.removeprefix("adapter "), part)
+    if "backbone" in parts:
+        with torch.no_grad():
+            for key, tensor in _backbone_state(method.model).items():
+                tensor.copy_(parts["backbone"][key])
+    method.restore(**parts["method"], scenario=scenario)
+    if isinstance(method.model, PeftModel):
+        # The task to come makes its own adapter trainable.
+        method.model.set_adapter(method.inference_adapters[-1], inference_mode=True)
+
+
+def _restore_adapter(method: Method, name: str, part: Mapping[str, Any]) -> None:
+    config = PeftConfigMixin.from_peft_type(**json.loads(part["config"]))
+    if not isinstance(method.model, PeftModel):
+        method.model = get_peft_model(method.model, config, name)
+    elif name not in method.model.peft_config:
+        method.model.add_adapter(name, config)
+    set_peft_model_state_dict(method.model, part["tensors"], adapter_name=name)
+
+
+def _backbone_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of the base model, without those of adapters and heads."""
+    own = model.get_base_model().state_dict() if isinstance(model, PeftModel) else model.state_dict()
+    if not isinstance(model, PeftModel):
+        return {name: tensor for name, tensor in own.items()}
+    prefixes = (model.base_model.prefix, "dynammo_head")
+    return {
+        name.replace("base_layer.", ""): tensor
+        for name, tensor in own.items()
+        if not any(prefix in name for prefix in prefixes)
+    }

@@ -1,0 +1,173 @@
+"""One training loop over Accelerate: the stage of a task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..data import BatchTransform
+from ..methods import Stage
+from .batch_norm import global_batch_norm
+from .batches import Sampler, check_shares, deal, derived_seed, number_of_batches, share
+from .trained import restore_tensors, trained_tensors
+
+
+class TrainingLoop:
+    """
+    Trains a stage, step by step, and can tell after each step what it takes to go on from there.
+
+    Args:
+        stage (`Stage`): What to train.
+        accelerator (`Accelerator`): Where and how.
+        transform (`BatchTransform`): Augments and normalises images.
+        seed (`int`): Decides on the batches and the augmentation.
+        running (`Optional[Mapping[str, Any]]`): From `state` of a loop of the same stage, to go on from there.
+
+    Attributes:
+        epoch (`int`): The epoch that the next step belongs to.
+        batch (`int`): The next step's place in it.
+        batches (`int`): Steps in an epoch.
+        epochs (`int`): Epochs in all.
+
+    Raises:
+        ValueError: If there are too few images for the number of processes, or the state is another stage's.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        accelerator: Accelerator,
+        transform: BatchTransform,
+        seed: int,
+        running: Optional[Mapping[str, Any]] = None,
+    ) -> None:
+        self.stage, self.accelerator, self.transform, self.seed = stage, accelerator, transform, seed
+        self.batch_size = stage.optimization.batch_size * accelerator.num_processes
+        check_shares(len(stage.data), self.batch_size, accelerator.num_processes)
+        self.epochs = stage.optimization.epochs
+        self.batches = number_of_batches(len(stage.data), self.batch_size)
+        self.epoch = self.batch = 0
+        stage.network.train()
+        if running is not None:
+            restore_tensors(stage.network, running["trained"])
+        updates = self.epochs * math.ceil(self.batches / accelerator.gradient_accumulation_steps)
+        optimizer, self.scheduler = stage.optimization.make(stage.network, updates)
+        self.network, self.optimizer = accelerator.prepare(stage.network, optimizer)
+        # Loss and hits, summed over this process's images of the epoch, and how many these were.
+        self.totals = torch.zeros(2, device=accelerator.device)
+        self.images = 0
+        if running is not None:
+            self._restore(running)
+
+    def __len__(self) -> int:
+        """Steps in all."""
+        return self.epochs * self.batches
+
+    @property
+    def done(self) -> int:
+        """Steps so far."""
+        return self.epoch * self.batches + self.batch
+
+    def __iter__(self) -> Iterator[Optional[tuple[float, float]]]:
+        """Takes all steps that are left; yields after each, at an epoch's end its mean loss and accuracy."""
+        with global_batch_norm(self.stage.network, self.accelerator.num_processes):
+            while self.epoch < self.epochs:
+                # A stage's code may have asked the model for something since.
+                self.network.train()
+                for inputs, labels, images in self._epoch():
+                    self._step(inputs, labels, images)
+                    self.batch += 1
+                    yield self._end_epoch() if self.batch == self.batches else None
+
+    def state(self) -> dict[str, Any]:
+        """What `running` takes; called by all processes, after a step that has updated the parameters."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "totals": self._sum_totals(),
+            "trained": trained_tensors(self.stage.network),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
+        }
+
+    def end(self) -> dict[str, Tensor]:
+        """Takes Accelerate's wrappers off, since the next stage trains other parameters and needs new ones.
+
+        Returns:
+            `dict[str, Tensor]`: What was trained.
+        """
+        network = self.stage.network
+        self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
+        # Accelerate would take a network with this mark for wrapped, and leave it alone.
+        vars(network).pop("_is_accelerate_prepared", None)
+        self.accelerator.free_memory()
+        trained = trained_tensors(network)
+        network.eval()
+        return trained
+
+    def mean_loss_and_accuracy(self) -> tuple[float, float]:
+        """Of this process's images in the epoch so far."""
+        loss, hits = (self.totals / max(self.images, 1)).tolist()
+        return loss, hits
+
+    def _restore(self, running: Mapping[str, Any]) -> None:
+        self.epoch, self.batch = running["epoch"], running["batch"]
+        self.optimizer.load_state_dict(running["optimizer"])
+        self.scheduler.load_state_dict(running["scheduler"])
+        if self.accelerator.scaler is not None and running["scaler"]:
+            self.accelerator.scaler.load_state_dict(running["scaler"])
+        if self.accelerator.is_main_process:
+            *_, images = running["totals"].tolist()
+            self.totals, self.images = running["totals"][:2].to(self.totals), int(images)
+
+    def _epoch(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """The rest of an epoch: this process's inputs and labels, and how many images the whole batch has."""
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+        batches = deal(len(self.stage.data), self.batch_size, generator)
+        drawn = self.transform.draw(len(self.stage.data), generator)
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        rest = batches[self.batch :]
+        own = [share(batch, process, processes) for batch in rest]
+        # Sharded already: Accelerate would fill up or leave out what does not divide.
+        loader = prepare_data_loader(
+            DataLoader(self.stage.data, batch_sampler=Sampler(own)),
+            device=self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+        )
+        for places, whole, (inputs, labels) in zip(own, rest, loader):
+            if inputs.dtype == torch.uint8:
+                inputs = self.transform(inputs, drawn[places])
+            yield inputs, labels, len(whole)
+
+    def _step(self, inputs: Tensor, labels: Tensor, images: int) -> None:
+        accelerator = self.accelerator
+        with accelerator.accumulate(self.network):
+            loss, met = self.stage.observe(self.network, inputs, labels)
+            # Gradients are averaged over processes: every image of the batch shall count the same.
+            accelerator.backward(loss * (len(labels) * accelerator.num_processes / images))
+            self.optimizer.step()
+            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                self.scheduler.step()
+            self.optimizer.zero_grad()
+        self.totals += torch.stack([loss.detach() * len(labels), met.sum()])
+        self.images += len(labels)
+
+    def _end_epoch(self) -> tuple[float, float]:
+        loss, hits, images = self._sum_totals().tolist()
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.totals, self.images = torch.zeros_like(self.totals), 0
+        return loss / images, hits / images
+
+    def _sum_totals(self) -> Tensor:
+        """Loss, hits and images of all processes."""
+        return self.accelerator.reduce(torch.cat([self.totals, self.totals.new_tensor([self.images])]))
