@@ -7,11 +7,12 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 
 from ..data import Task
 from ..methods import Method
 from .identity import digest
+from .method_state import adapter_state
 from .results import Results
 
 
@@ -48,8 +49,3 @@ def _digests(method: Method, results: Results) -> dict[str, str]:
     parts |= {key: json.dumps(value) for key, value in values.items()}
     parts |= {key: digest({key: tensor}) for key, tensor in tensors.items()}
     return {**parts, "the measures": json.dumps(results.metrics())}
-
-
-def adapter_state(model: PeftModel, name: str) -> dict[str, Any]:
-    """An adapter's tensors, its heads and BatchNorm statistics among them."""
-    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import warnings
@@ -11,17 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.config import PeftConfigMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import ClassIncrementalScenario
 from ..methods import Method
-from .agreement import adapter_state
 from .identity import check_same_run, describe_run, versions
+from .method_state import method_parts, restore_method
 from .results import Results
 from .rng import random_states, restore_random_states
 from .store import CheckpointError, CheckpointStore
@@ -188,54 +184,3 @@ class Checkpoints:
                 "run": self._run,
             }
             self.store.commit(step, content, parts)
-
-
-def method_parts(method: Method) -> dict[str, Any]:
-    """A method between two tasks, as parts of a checkpoint."""
-    values, tensors = method.state()
-    model = method.model
-    parts: dict[str, Any] = {"method": {"values": values, "tensors": tensors}}
-    if isinstance(model, PeftModel):
-        for name, config in model.peft_config.items():
-            plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
-            parts[f"adapter {name}"] = {"config": json.dumps(plain), "tensors": adapter_state(model, name)}
-    if getattr(method.arguments, "train_backbone", False):
-        parts["backbone"] = _backbone_state(model)
-    return parts
-
-
-def restore_method(method: Method, parts: Mapping[str, Any], scenario: ClassIncrementalScenario) -> None:
-    """The way back from `method_parts`, for a method that has begun with `scenario`."""
-    for key, part in parts.items():
-        if key.startswith("adapter "):
-            _restore_adapter(method, key.removeprefix("adapter "), part)
-    if "backbone" in parts:
-        with torch.no_grad():
-            for key, tensor in _backbone_state(method.model).items():
-                tensor.copy_(parts["backbone"][key])
-    method.restore(**parts["method"], scenario=scenario)
-    if isinstance(method.model, PeftModel):
-        # The task to come makes its own adapter trainable.
-        method.model.set_adapter(method.inference_adapters[-1], inference_mode=True)
-
-
-def _restore_adapter(method: Method, name: str, part: Mapping[str, Any]) -> None:
-    config = PeftConfigMixin.from_peft_type(**json.loads(part["config"]))
-    if not isinstance(method.model, PeftModel):
-        method.model = get_peft_model(method.model, config, name)
-    elif name not in method.model.peft_config:
-        method.model.add_adapter(name, config)
-    set_peft_model_state_dict(method.model, part["tensors"], adapter_name=name)
-
-
-def _backbone_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of the base model, without those of adapters and heads."""
-    own = model.get_base_model().state_dict() if isinstance(model, PeftModel) else model.state_dict()
-    if not isinstance(model, PeftModel):
-        return {name: tensor for name, tensor in own.items()}
-    prefixes = (model.base_model.prefix, "dynammo_head")
-    return {
-        name.replace("base_layer.", ""): tensor
-        for name, tensor in own.items()
-        if not any(prefix in name for prefix in prefixes)
-    }
