@@ -7,12 +7,11 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from peft import PeftModel
 
 from ..data import Task
 from ..methods import Method
 from .identity import digest
-from .method_state import adapter_state
+from .method_state import adapter_state, changing_adapters
 from .results import Results
 
 
@@ -43,9 +42,8 @@ def check_agreement(accelerator: Accelerator, method: Method, task: Task, result
 def _digests(method: Method, results: Results) -> dict[str, str]:
     values, tensors = method.state()
     parts: dict[str, Any] = {}
-    if isinstance(method.model, PeftModel):
-        for name in dict.fromkeys([*method.adapters[-1:], *method.inference_adapters]):
-            parts[f"adapter {name!r}"] = digest(adapter_state(method.model, name))
+    for name in sorted(changing_adapters(method)):
+        parts[f"adapter {name!r}"] = digest(adapter_state(method.model, name))
     parts |= {key: json.dumps(value) for key, value in values.items()}
     parts |= {key: digest({key: tensor}) for key, tensor in tensors.items()}
     return {**parts, "the measures": json.dumps(results.metrics())}

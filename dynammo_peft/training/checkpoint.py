@@ -12,12 +12,13 @@ from typing import Any, Optional, Union
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
 from torch import Tensor
 
 from ..data import ClassIncrementalScenario
 from ..methods import Method
 from .identity import check_same_run, describe_run, versions
-from .method_state import method_parts, restore_method
+from .method_state import ADAPTER, adapter_part, changing_adapters, method_parts, restore_method
 from .results import Results
 from .rng import random_states, restore_random_states
 from .store import CheckpointError, CheckpointStore
@@ -169,10 +170,21 @@ class Checkpoints:
         return found[0]
 
     def _snapshot(self) -> None:
-        """Writes the parts that do not change while a task is learned."""
-        if self._accelerator.is_main_process:
-            parts = {**method_parts(self._method), "results": self._results.state()}
-            self._parts = {key: self.store.put(content) for key, content in parts.items()}
+        """Writes the parts that do not change while a task is learned, unless they are there from earlier."""
+        if not self._accelerator.is_main_process:
+            return
+        model = self._method.model
+        adapters = list(model.peft_config) if isinstance(model, PeftModel) else []
+        changing = changing_adapters(self._method)
+        known, self._parts = self._parts, {}
+        for key, content in {**method_parts(self._method), "results": self._results.state()}.items():
+            self._parts[key] = self.store.put(content)
+        for name in adapters:
+            key = f"{ADAPTER}{name}"
+            if name in changing or key not in known:
+                self._parts[key] = self.store.put(adapter_part(model, name))
+            else:
+                self._parts[key] = known[key]
 
     def _commit(self, task: int, step: int, seconds: float, parts: Mapping[str, str]) -> None:
         if self._accelerator.is_main_process:

@@ -15,29 +15,42 @@ from ..data import ClassIncrementalScenario
 from ..methods import Method
 
 
+# What the names of parts with adapters begin with.
+ADAPTER = "adapter "
+
+
 def adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:
     """An adapter's tensors, its heads and BatchNorm statistics among them."""
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
 def method_parts(method: Method) -> dict[str, Any]:
-    """A method between two tasks, as parts of a checkpoint."""
+    """What a method knows, but for adapters."""
     values, tensors = method.state()
-    model = method.model
     parts: dict[str, Any] = {"method": {"values": values, "tensors": tensors}}
-    if isinstance(model, PeftModel):
-        for name, config in model.peft_config.items():
-            parts[f"adapter {name}"] = {"config": _plain_config(config), "tensors": adapter_state(model, name)}
     if getattr(method.arguments, "train_backbone", False):
-        parts["backbone"] = _backbone_state(model)
+        parts["backbone"] = _backbone_state(method.model)
     return parts
 
 
+def adapter_part(model: PeftModel, name: str) -> dict[str, Any]:
+    """An adapter and its configuration."""
+    return {"config": _plain_config(model.peft_config[name]), "tensors": adapter_state(model, name)}
+
+
+def changing_adapters(method: Method) -> set[str]:
+    """Adapters that learning a task changes: the newest, and those that are merged or whose heads are trained.
+
+    All others stay as they are, so that a checkpoint need not look at them, however many there are.
+    """
+    return {*method.adapters[-1:], *method.inference_adapters} if isinstance(method.model, PeftModel) else set()
+
+
 def restore_method(method: Method, parts: Mapping[str, Any], scenario: ClassIncrementalScenario) -> None:
-    """The way back from `method_parts`, for a method that has begun with `scenario`."""
+    """The way back from `method_parts` and `adapter_part`, for a method that has begun with `scenario`."""
     for key, part in parts.items():
-        if key.startswith("adapter "):
-            _restore_adapter(method, key.removeprefix("adapter "), part)
+        if key.startswith(ADAPTER):
+            _restore_adapter(method, key.removeprefix(ADAPTER), part)
     if "backbone" in parts:
         with torch.no_grad():
             for key, tensor in _backbone_state(method.model).items():
