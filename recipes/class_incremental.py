@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -21,12 +22,15 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs
 from publishing import HubArguments, check_publishing, publish, without_hub
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 
 import dynammo_peft
 from dynammo_peft import (
     METHODS,
+    CheckpointError,
+    Checkpoints,
     ClassIncrementalScenario,
     DynammoConfig,
     DynammoLoraConfig,
@@ -52,6 +56,18 @@ class RunArguments(HubArguments):
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace output_dir if it is there."})
     save_task_adapters: bool = field(default=False, metadata={"help": "Save every task's adapter too."})
     eval_batch_size: int = field(default=64, metadata={"help": "Test images a step and process."})
+    save_steps: int = field(
+        default=500,
+        metadata={"help": "Training steps between checkpoints, in OUTPUT_DIR-checkpoints; tasks end with one too."},
+    )
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep."})
+    resume_from_checkpoint: Optional[str] = field(
+        default=None,
+        metadata={"help": "'latest' (begins if there is none yet), or the path of a checkpoint, to go on from."},
+    )
+    ddp_timeout: int = field(
+        default=1800, metadata={"help": "Seconds after which a process gives up waiting for the others."}
+    )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches whose gradients are added up."})
     report_to: list[str] = field(
         default_factory=list, metadata={"help": "Trackers of Accelerate, as 'tensorboard' or 'wandb'."}
@@ -244,20 +260,27 @@ def run(argv: list[str]) -> tuple[Method, Results]:
         ValueError: If an option or the data are unusable; nothing was trained or written then. Or the Hub refuses the
             model, which is saved then.
         ConnectionError: If the Hub cannot be reached.
+        CheckpointError: If a checkpoint cannot be written or read.
     """
     args, model_args, data_args, method_args = parse_arguments(argv)
     check_publishing(args, model_args, method_args)
-    if os.path.exists(args.output_dir) and os.listdir(args.output_dir) and not args.overwrite_output_dir:
+    may_exist = args.overwrite_output_dir or args.resume_from_checkpoint is not None
+    if os.path.exists(args.output_dir) and os.listdir(args.output_dir) and not may_exist:
         raise ValueError(f"output_dir={args.output_dir!r} is not empty; choose another or set overwrite_output_dir.")
     for tracker in args.report_to:
         # Accelerate would leave out a tracker that is not installed without a word.
         if tracker not in {known.value for known in get_available_trackers()}:
             raise ValueError(f"report_to={tracker!r} is no tracker of Accelerate, or its package is not installed.")
+    checkpoints = Checkpoints(f"{args.output_dir}-checkpoints", args.save_steps, args.save_total_limit)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to or None,
         project_dir=f"{args.output_dir}-logs" if args.report_to else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
     )
+    if args.overwrite_output_dir and args.resume_from_checkpoint is None and accelerator.is_main_process:
+        checkpoints.store.clear()
+    accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = check_can_push(args.hub_model_id, private=args.hub_private_repo)
     transformers.set_seed(method_args.seed)
@@ -267,12 +290,18 @@ def run(argv: list[str]) -> tuple[Method, Results]:
     method = METHODS[args.method](model, method_args, adapter_config(model_args))
     method_options = {**asdict(model_args), **asdict(data_args), **asdict(method_args)}
     options = {**without_hub(asdict(args)), **method_options}
+    # A resumed run is the same run.
+    del options["resume_from_checkpoint"]
     if args.report_to:
         # TensorBoard takes plain values only.
         plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in options.items()}
         accelerator.init_trackers("dynammo_peft", config=plain)
-    learner = Learner(method, accelerator, args.eval_batch_size)
-    results = learner.fit(scenario, after_task=lambda task, results: report_task(accelerator, task, results))
+    learner = Learner(method, accelerator, args.eval_batch_size, checkpoints=checkpoints)
+    results = learner.fit(
+        scenario,
+        after_task=lambda task, results: report_task(accelerator, task, results),
+        resume_from_checkpoint=args.resume_from_checkpoint,
+    )
     if accelerator.is_main_process:
         cost = finish(args, model_args, method, method_args, scenario, image_processor, results, options)
     accelerator.wait_for_everyone()
@@ -319,7 +348,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     try:
         run(sys.argv[1:])
-    except (ValueError, ConnectionError) as error:
+    except (ValueError, ConnectionError, CheckpointError) as error:
         logger.debug("Traceback:", exc_info=True)
         sys.exit(f"error: {error}")
 
