@@ -122,6 +122,10 @@ class DataArguments:
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror training images left to right at random."})
     vertical_flip: bool = field(default=False, metadata={"help": "Mirror training images top to bottom at random."})
     crop_padding: float = field(default=0.125, metadata={"help": "Largest random shift, as a share of the image."})
+    cache_dir: Optional[str] = field(
+        default=None, metadata={"help": "Keep decoded images in this folder instead of memory; holds your images."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Stream the data set into cache_dir; no download."})
 
 
 def parse_arguments(argv: list[str]) -> tuple[RunArguments, ModelArguments, DataArguments, Any]:
@@ -191,7 +195,7 @@ def adapter_config(args: ModelArguments) -> HeadConfig:
 def load_scenario(args: DataArguments, image_processor: Any, progress: bool) -> ClassIncrementalScenario:
     """The tasks, with all images decoded."""
     train, test = load_image_dataset(
-        args.dataset_name, args.dataset_config_name, args.data_dir, args.train_split, args.test_split
+        args.dataset_name, args.dataset_config_name, args.data_dir, args.train_split, args.test_split, args.streaming
     )
     return ClassIncrementalScenario(
         train,
@@ -206,6 +210,7 @@ def load_scenario(args: DataArguments, image_processor: Any, progress: bool) -> 
         horizontal_flip=args.horizontal_flip,
         vertical_flip=args.vertical_flip,
         crop_padding=args.crop_padding,
+        cache_dir=args.cache_dir,
         progress=progress,
     )
 

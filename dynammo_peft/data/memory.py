@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .scenario import LabelledImages
+from .images import LabelledImages
 
 
 Selection = Literal["herding", "random", "closest_to_mean"]

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, get_scheduler
 
-from ..data import BatchTransform, ClassIncrementalScenario, LabelledImages, Task
+from ..data import BatchTransform, ClassIncrementalScenario, LabelledImages, Task, data_loader
 from ..tuner.head_config import check_choice
 
 
@@ -169,14 +169,14 @@ class Method(ABC):
         """
         self.model.set_adapter(adapter, inference_mode=True)
         self.model.eval()
-        loader = self.accelerator.prepare_data_loader(DataLoader(TensorDataset(images.images), batch_size=batch_size))
+        loader = self.accelerator.prepare_data_loader(data_loader(images, batch_size))
         self.model.to(self.accelerator.device)
         generator = torch.Generator().manual_seed(self.arguments.seed)
         all_views = []
         for view in range(views):
             parts = []
             with self.model.head_output("features"), self.accelerator.autocast():
-                for (batch,) in loader:
+                for batch, _ in loader:
                     pixel_values = self.transform(batch, augment=view > 0, generator=generator)
                     features = self.model(pixel_values=pixel_values).logits
                     parts.append(self.accelerator.gather_for_metrics(features.float()).cpu())

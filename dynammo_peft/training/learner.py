@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data import ClassIncrementalScenario, LabelledImages, Task
+from ..data import ClassIncrementalScenario, LabelledImages, Task, data_loader
 from ..methods import Method, Stage
 from .results import Results
 
@@ -174,8 +174,7 @@ class Learner:
     @torch.no_grad()
     def _predict(self, images: LabelledImages, scenario: ClassIncrementalScenario) -> tuple[list[int], list[int]]:
         """Predicted and true classes of images, on every process."""
-        data = TensorDataset(images.images, images.labels)
-        loader = self.accelerator.prepare_data_loader(DataLoader(data, batch_size=self.eval_batch_size))
+        loader = self.accelerator.prepare_data_loader(data_loader(images, self.eval_batch_size))
         predictions, references = [], []
         self.method.model.eval()
         for batch, labels in loader:
