@@ -77,6 +77,10 @@ class LabelledImages(Dataset):
         """The images of some classes; copies no image."""
         return self.select(torch.isin(self.labels, torch.tensor(list(classes), dtype=self.labels.dtype)))
 
+    def copied(self) -> LabelledImages:
+        """The same images in a tensor of their own, which keeps no other ones alive."""
+        return LabelledImages(self.images, self.labels, self.rows)
+
     @staticmethod
     def concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
         """All images of several sets, in order; copies no image.
@@ -181,11 +185,5 @@ def data_loader(dataset: Dataset, batch_size: int, num_workers: int = 0, **optio
             takes less than handing it over; they pay where the file is larger than memory and the disk is slow.
         options: Further options of `DataLoader`.
     """
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        collate_fn=collate_batch,
-        **options,
-    )
+    # Workers end with each pass: those that stay would change what is drawn, and so the order of the second pass.
+    return DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_batch, **options)

@@ -109,7 +109,7 @@ def _in_order(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> I
     try:
         for item in items:
             pending.append(pool.submit(function, item))
-            if len(pending) >= 4 * workers:
+            if len(pending) >= 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
