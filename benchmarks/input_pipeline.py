@@ -3,9 +3,10 @@
     python benchmarks/input_pipeline.py
     python benchmarks/input_pipeline.py --model_name_or_path facebook/deit-tiny-patch16-224 --device cuda
 
-Waiting is the time until the loader has handed over a batch; a step is all else: moving it to the device, augmentation,
-forward, backward and the update of the adapter. Images in memory and in a cache file take turns, batch by batch. "Not
-read before" is the first pass over a file that the system was asked to forget; where it does not, it is as the others.
+Waiting is the time until the loader has handed over a batch; a step is all else: moving it to the device,
+augmentation, forward, backward and the update of the adapter. Images in memory and in a cache file take turns, batch
+by batch. "Not read before" is the pass before those, over a file that the system was asked to forget; how much of it
+came from the disk is printed. Linux only.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -64,25 +64,42 @@ def make_scenario(count: int, size: int, cache_dir: str | None) -> dp.ClassIncre
     )
 
 
-def peak_memory() -> float:
-    """The most memory that this process has had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGABYTE
+def memory(field: str) -> float:
+    """A field of Linux's account of this process's memory, in MB; `VmHWM` is the most it has had."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024 / MEGABYTE
+
+
+def read_from_disk() -> float:
+    """What this process has had read from a disk so far, in MB."""
+    lines = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith("read_bytes:")).split()[1]) / MEGABYTE
 
 
 def measure_memory(count: int, size: int) -> None:
-    """Prints by how many MB decoding a stream raises this process's peak; to be run in a process of its own."""
+    """Prints by how many MB decoding a stream raises this process's memory; to be run in a process of its own.
+
+    Not by `getrusage`, whose peak begins with that of the process that started this one.
+    """
     with tempfile.TemporaryDirectory(prefix="input_pipeline") as cache_dir:
         # What the first image loads is not the images' doing.
         make_scenario(64, size, os.path.join(cache_dir, "first"))
-        before = peak_memory()
+        # The peak starts anew: that of the imports may be higher than what is left of them.
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        before, anonymous, mapped = memory("VmRSS"), memory("RssAnon"), memory("RssFile")
         start = time.perf_counter()
         images = make_scenario(count, size, cache_dir)[0].train
-        seconds, decoded = time.perf_counter() - start, peak_memory() - before
-        # The file's pages count as the process's own while they are mapped, but the system can take them back.
+        seconds, decoded = time.perf_counter() - start, memory("VmHWM") - before
         for _ in data_loader(images, 32):
             pass
-        row = {"images": count * 3 * size * size / MEGABYTE, "decoded": decoded, "read": peak_memory() - before}
-        print(json.dumps({**row, "images_per_second": count / seconds}))
+        row = {
+            "images": count * 3 * size * size / MEGABYTE,
+            "images_per_second": count / seconds,
+            "decoded": decoded,
+            "anonymous": memory("RssAnon") - anonymous,
+            "mapped": memory("RssFile") - mapped,
+        }
+        print(json.dumps(row))
 
 
 class Training:
@@ -154,13 +171,18 @@ def measure_waiting(args: argparse.Namespace) -> None:
             return data_loader(images, args.batch_size, num_workers=workers, shuffle=True, drop_last=True)
 
         memory, file = in_memory[0].train, mapped[0].train
+        on_disk = read_from_disk()
         first = waiting(training, {"in a file, not read before": loader(file)}, args.steps)
+        on_disk = read_from_disk() - on_disk
         again = {"in memory": loader(memory), "in a file": loader(file), "in a file, one worker": loader(file, 1)}
         print(f"{args.model_name_or_path}, {args.image_size} px, batches of {args.batch_size}, {args.device}")
         print("| images | waiting, ms a step | step, ms | waiting / step |\n|---|---|---|---|")
         for name, (wait, step) in {**waiting(training, again, args.steps), **first}.items():
             each = 1000 / (args.steps - 1)
             print(f"| {name} | {each * wait:.2f} | {each * step:.0f} | {100 * wait / step:.2f} % |")
+        print(
+            f"Not read before: {on_disk:.0f} of {count * 3 * args.image_size**2 / MEGABYTE:.0f} MB came from the disk."
+        )
 
 
 def main() -> None:
@@ -171,9 +193,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--cache_dir", help="Folder on the disk to measure; the system's for temporary files if unset."
-    )
+    parser.add_argument("--cache_dir", help="Folder on the disk to measure; one for temporary files if unset.")
     parser.add_argument("--memory_images", type=int, default=4000, help="Images of 224 px that are streamed.")
     parser.add_argument("--memory_only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -184,9 +204,10 @@ def main() -> None:
     own = [sys.executable, __file__, "--memory_only", "--memory_images", str(args.memory_images)]
     row = json.loads(subprocess.run(own, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     print(
-        f"\n{args.memory_images} streamed images of 224 px, {row['images']:.0f} MB decoded: the process's peak memory "
-        f"grows by {row['decoded']:.0f} MB while they are decoded ({row['images_per_second']:.0f} images a second), and "
-        f"by {row['read']:.0f} MB once all were read, where pages of the file count."
+        f"\n{args.memory_images} streamed images of 224 px, {row['images']:.0f} MB decoded, at "
+        f"{row['images_per_second']:.0f} a second: the process's peak memory grows by {row['decoded']:.1f} MB. Once "
+        f"all were read it has {row['anonymous']:.0f} MB more of its own, and {row['mapped']:.0f} MB of the file, which "
+        "the system can take back."
     )
 
 

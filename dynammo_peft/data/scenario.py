@@ -52,8 +52,8 @@ class ClassIncrementalScenario:
 
     Args:
         train (`Union[datasets.Dataset, datasets.IterableDataset]`): Training images.
-        test (`Optional[Union[datasets.Dataset, datasets.IterableDataset]]`): Test images with the same label names;
-            may be `None` if `validation_fraction` is set.
+        test (`Optional[ImageData]`): Test images with the same label names; may be `None` if `validation_fraction` is
+            set.
         image_processor (`BaseImageProcessor`): The backbone's image processor.
         classes_per_task (`Optional[int]`): Classes in each task; the last may have fewer.
         groups (`Optional[Sequence[Sequence[str]]]`): The class names of each task, instead of `classes_per_task`.
@@ -70,11 +70,9 @@ class ClassIncrementalScenario:
         learned (`Sequence[Sequence[str]]`): Class names of tasks that were learned before; the tasks of this scenario
             go on behind them. The data set need not have images of theirs; test images that it has are scored too.
         exemplar_rows (`Sequence[int]`): Rows of `train` with exemplars of the classes learned before.
-        cache_dir (`Optional[Union[str, os.PathLike]]`): Folder for the decoded images, which are then read from there
-            batch by batch; streams need one. They are found again whatever the class order, the seed or the process.
-            All rows are decoded, also of classes that no task has. The images lie there as they are, readable for the
-            user alone: where they are of patients, the folder is to be guarded like the data set itself, and deleted
-            with it. If `None`, images are kept in memory.
+        cache_dir (`Optional[Union[str, os.PathLike]]`): Folder for the decoded images, read from there batch by batch
+            and found again by other class orders, seeds and processes; see [`ImageSource`]. Streams need one. Images
+            lie there as they are: guard and delete it like the data set itself. If `None`, they are kept in memory.
         progress (`bool`): Whether to show a progress bar while images are decoded.
 
     Raises:

@@ -26,8 +26,15 @@ class ImageSource:
     """
     One split of a data set.
 
-    With `cache_dir` all rows are decoded into a file, once; without it those that are asked for, into memory. A stream
-    is gone through once, when its labels are asked for.
+    With `cache_dir` all rows are decoded into a file, once, also those of classes that no task has; without it those
+    that are asked for, into memory. A stream is gone through once, when its labels are asked for.
+
+    The file is found again for the same data set, columns and image processor. A data set is known by the fingerprint
+    that `datasets` gives it. A stream has none: it is known by where its files are and what is done to them (shards,
+    filters, shuffling), not by what is in them. If files change under the same names, delete the folder.
+
+    The file holds the images as they are, and only the user can read it. Where they are of patients, the folder is to
+    be guarded like the data set itself, and deleted with it.
 
     Args:
         dataset (`Union[datasets.Dataset, datasets.IterableDataset]`): Images with class labels.
