@@ -206,8 +206,8 @@ def main() -> None:
     print(
         f"\n{args.memory_images} streamed images of 224 px, {row['images']:.0f} MB decoded, at "
         f"{row['images_per_second']:.0f} a second: the process's peak memory grows by {row['decoded']:.1f} MB. Once "
-        f"all were read it has {row['anonymous']:.0f} MB more of its own, and {row['mapped']:.0f} MB of the file, which "
-        "the system can take back."
+        f"all were read it has {row['anonymous']:.0f} MB more of its own, and {row['mapped']:.0f} MB of the file, "
+        "which the system can take back."
     )
 
 

@@ -123,6 +123,9 @@ def test_a_file_is_of_one_data_set_and_processor(tmp_path, options, files):
 class OtherProcessor(ViTImageProcessorPil):
     """Says the same of itself and does something else, as those of other libraries do."""
 
+    def to_dict(self):
+        return tiny_processor().to_dict()
+
     def __call__(self, *args, **kwargs):
         processed = super().__call__(*args, **kwargs)
         processed["pixel_values"] = 255 - processed["pixel_values"]
@@ -131,7 +134,6 @@ class OtherProcessor(ViTImageProcessorPil):
 
 def test_processors_of_one_name_are_told_apart(tmp_path):
     other = OtherProcessor(size={"height": 32, "width": 32})
-    assert other.to_dict()["size"] == tiny_processor().to_dict()["size"]
     plain, inverted = make(cache_dir=tmp_path), make(processor=other, cache_dir=tmp_path)
     assert torch.equal(plain[0].train.images, 255 - inverted[0].train.images)
 
