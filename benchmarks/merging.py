@@ -171,11 +171,11 @@ class SharedLearner(dp.Learner):
         model.set_adapter(adapter, inference_mode=True)
         model.eval()
         if views > 1:  # augmented in the order of all images
-            key = (state, _digest("", images.rows, images.images))
+            key = (state, _digest("", images.rows, *(image for image, _ in images)))
             if key not in self.known:
                 self.known[key] = compute(images, adapter, views)
             return self.known[key]
-        keys = [(state, _digest("", image)) for image in images.images]
+        keys = [(state, _digest("", image)) for image, _ in images]
         missing = torch.tensor([index for index, key in enumerate(keys) if key not in self.known])
         if len(missing):
             for index, row in zip(missing.tolist(), compute(images.select(missing), adapter, 1)[0]):

@@ -56,6 +56,9 @@ class RunArguments(HubArguments):
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace output_dir if it is there."})
     save_task_adapters: bool = field(default=False, metadata={"help": "Save every task's adapter too."})
     eval_batch_size: int = field(default=64, metadata={"help": "Test images a step and process."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that read training images ahead; pays where the disk is slow."}
+    )
     save_steps: int = field(
         default=500,
         metadata={"help": "Training steps between checkpoints, in OUTPUT_DIR-checkpoints; tasks end with one too."},
@@ -138,6 +141,10 @@ class DataArguments:
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror training images left to right at random."})
     vertical_flip: bool = field(default=False, metadata={"help": "Mirror training images top to bottom at random."})
     crop_padding: float = field(default=0.125, metadata={"help": "Largest random shift, as a share of the image."})
+    cache_dir: Optional[str] = field(
+        default=None, metadata={"help": "Keep decoded images in this folder instead of memory; holds your images."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Stream the data set into cache_dir; no download."})
 
 
 def parse_arguments(argv: list[str]) -> tuple[RunArguments, ModelArguments, DataArguments, Any]:
@@ -207,7 +214,7 @@ def adapter_config(args: ModelArguments) -> HeadConfig:
 def load_scenario(args: DataArguments, image_processor: Any, progress: bool) -> ClassIncrementalScenario:
     """The tasks, with all images decoded."""
     train, test = load_image_dataset(
-        args.dataset_name, args.dataset_config_name, args.data_dir, args.train_split, args.test_split
+        args.dataset_name, args.dataset_config_name, args.data_dir, args.train_split, args.test_split, args.streaming
     )
     return ClassIncrementalScenario(
         train,
@@ -222,6 +229,7 @@ def load_scenario(args: DataArguments, image_processor: Any, progress: bool) -> 
         horizontal_flip=args.horizontal_flip,
         vertical_flip=args.vertical_flip,
         crop_padding=args.crop_padding,
+        cache_dir=args.cache_dir,
         progress=progress,
     )
 
@@ -296,7 +304,7 @@ def run(argv: list[str]) -> tuple[Method, Results]:
         # TensorBoard takes plain values only.
         plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in options.items()}
         accelerator.init_trackers("dynammo_peft", config=plain)
-    learner = Learner(method, accelerator, args.eval_batch_size, checkpoints=checkpoints)
+    learner = Learner(method, accelerator, args.eval_batch_size, True, checkpoints, args.dataloader_num_workers)
     results = learner.fit(
         scenario,
         after_task=lambda task, results: report_task(accelerator, task, results),

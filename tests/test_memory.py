@@ -198,3 +198,13 @@ def test_a_class_without_exemplars_is_named():
         ExemplarMemory(0).images_of(["a", "b"])
     memory.update(*class_images({1: 3}))
     assert memory.images_of(["basophil", "mast cell", "platelet"]).labels.unique().tolist() == [0, 1, 2]
+
+
+def test_nothing_is_left_of_images_that_were_not_chosen_or_were_forgotten():
+    memory = ExemplarMemory(8)
+    for counts in ({0: 9}, {1: 9}, {2: 9, 3: 9}):
+        memory.update(*class_images(counts))
+        quota = memory.size // len(memory.classes)
+        # What is behind the images, not the images alone.
+        assert [images.store.shape[0] for images in memory._classes.values()] == [quota] * len(memory.classes)
+        assert memory.images().store.shape[0] == quota * len(memory.classes)

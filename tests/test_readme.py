@@ -107,4 +107,5 @@ def test_the_code_of_the_api_page_runs(tmp_path, monkeypatch, capsys, fresh_tabl
     assert set(names["weights"].as_dict()["adapters"]) == {"a", "b"}
     assert names["weight"].shape == (5, 4)
     assert names["model"].active_adapter == "both"
+    assert len(list((tmp_path / "decoded").iterdir())) == 2
     assert len(capsys.readouterr().out.strip().splitlines()) == 2

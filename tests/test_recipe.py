@@ -122,6 +122,15 @@ def test_options_of_the_merge_and_the_heads(tmp_path):
     assert (report["options"]["merge"], report["options"]["merge_options"]) == ("ties", '{"density": 0.5}')
 
 
+def test_streamed_images_give_the_same_results(tmp_path):
+    path = small_run(tmp_path)
+    _, results = run([str(path)])
+    own = ["--streaming", "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "streamed")]
+    _, streamed = run([str(path), *own])
+    assert streamed.metrics() == results.metrics()
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".npy"] * 2
+
+
 @pytest.mark.parametrize("method", ["acl", "joint"])
 def test_other_methods_run_from_the_same_file(tmp_path, method):
     trained, results = run([str(small_run(tmp_path)), "--method", method])
@@ -173,6 +182,7 @@ def test_an_unknown_option_on_the_command_line_ends_in_one_line(tmp_path):
         ({"groups": "[['class 0'"}, ["--groups", "JSON"]),
         ({"preset": "paper", "target_modules": ["layers.0"], "image_size": 8}, ["too small", "padding=1"]),
         ({"report_to": ["clearsky"]}, ["'clearsky'", "installed"]),
+        ({"streaming": True}, ["train set", "stream", "cache_dir"]),
         ({"adapter_optimizer": "lion"}, ["optimizer='lion'", "adamw"]),
     ],
 )

@@ -1,7 +1,8 @@
 from .catalog import load_image_dataset
 from .drift import AffineMap, choose_ridge, fit_affine_map
+from .images import ImageBatch, LabelledImages, collate_batch, data_loader
 from .memory import ExemplarMemory
-from .scenario import ClassIncrementalScenario, LabelledImages, Task
+from .scenario import ClassIncrementalScenario, Task
 from .statistics import ClassStatistics
 from .transforms import BatchTransform, decode_images, resized_image_processor
 
@@ -12,8 +13,11 @@ __all__ = [
     "ClassIncrementalScenario",
     "ClassStatistics",
     "ExemplarMemory",
+    "ImageBatch",
     "LabelledImages",
     "Task",
+    "collate_batch",
+    "data_loader",
     "decode_images",
     "choose_ridge",
     "fit_affine_map",

@@ -7,6 +7,8 @@ from typing import Optional
 import datasets
 from PIL import Image
 
+from .sources import ImageData
+
 
 def load_image_dataset(
     name: str,
@@ -14,7 +16,8 @@ def load_image_dataset(
     data_dir: Optional[str] = None,
     train_split: str = "train",
     test_split: Optional[str] = "test",
-) -> tuple[datasets.Dataset, Optional[datasets.Dataset]]:
+    streaming: bool = False,
+) -> tuple[ImageData, Optional[ImageData]]:
     """
     Args:
         name (`str`): `"digits"` (scikit-learn's, no download), `"imagefolder"` for folders of images, or any data set
@@ -23,14 +26,20 @@ def load_image_dataset(
         data_dir (`Optional[str]`): For `"imagefolder"`: a folder with `train/<class>/` and `test/<class>/`.
         train_split (`str`): Name of the split with training images.
         test_split (`Optional[str]`): Name of the split with test images; `None` if there is none.
+        streaming (`bool`): Whether to give streams: files are read as they pass, instead of downloaded beforehand.
 
     Returns:
-        `tuple[datasets.Dataset, Optional[datasets.Dataset]]`: Training and test images.
+        `tuple[ImageData, Optional[ImageData]]`: Training and test images: data sets, or streams.
 
     Raises:
         ValueError: If a split does not exist.
     """
-    splits = digits() if name == "digits" else datasets.load_dataset(name, config_name, data_dir=data_dir)
+    if name != "digits":
+        splits = datasets.load_dataset(name, config_name, data_dir=data_dir, streaming=streaming)
+    elif streaming:
+        splits = {split: dataset.to_iterable_dataset() for split, dataset in digits().items()}
+    else:
+        splits = digits()
     for option, split in (("train_split", train_split), ("test_split", test_split)):
         if split is not None and split not in splits:
             raise ValueError(

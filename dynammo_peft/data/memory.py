@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .scenario import LabelledImages
+from .images import LabelledImages
 
 
 Selection = Literal["herding", "random", "closest_to_mean"]
@@ -107,11 +107,11 @@ class ExemplarMemory:
 
     def restore(self, images: LabelledImages) -> None:
         """Remembers images that were chosen before, as `rows` names them, and forgets all others."""
-        self._classes = {label: images.of_classes([label]) for label in dict.fromkeys(images.labels.tolist())}
+        self._classes = {label: images.of_classes([label]).copied() for label in dict.fromkeys(images.labels.tolist())}
 
     def images(self) -> Optional[LabelledImages]:
         """All images remembered, class by class, or `None` if there are none yet."""
-        return LabelledImages.concatenate(list(self._classes.values())) if self._classes else None
+        return LabelledImages.concatenate(list(self._classes.values())).copied() if self._classes else None
 
     def images_of(self, class_names: Sequence[str]) -> LabelledImages:
         """All images remembered, if there are some of every class.
@@ -145,9 +145,12 @@ class ExemplarMemory:
         if quota == 0:
             return
         first = torch.arange(quota)
-        self._classes = {label: images.select(first[: len(images)]) for label, images in self._classes.items()}
+        # What is not remembered must not be kept: a selection alone would still have all images behind it.
+        self._classes = {
+            label: images.select(first[: len(images)]).copied() for label, images in self._classes.items()
+        }
         generator = torch.Generator().manual_seed(self.seed + new_classes[0])
         for label in new_classes:
             places = torch.nonzero(new_images.labels == label).flatten()
             chosen = SELECTIONS[self.selection](features[places].cpu(), quota, generator)
-            self._classes[label] = new_images.select(places[chosen])
+            self._classes[label] = new_images.select(places[chosen]).copied()

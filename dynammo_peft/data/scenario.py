@@ -2,60 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
-import datasets
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from .transforms import BatchTransform, decode_images
-
-
-@dataclass(frozen=True)
-class LabelledImages(Dataset):
-    """Images and labels in memory.
-
-    Args:
-        images (`Tensor`): `(N, 3, H, W)`, `uint8`.
-        labels (`Tensor`): `(N,)`; a class's number is its place in the order in which classes are learned.
-        rows (`Tensor`): `(N,)`; which row of the original data set each image is.
-    """
-
-    images: Tensor
-    labels: Tensor
-    rows: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        index = torch.as_tensor(indices)
-        return list(zip(self.images[index], self.labels[index]))
-
-    def select(self, index: Tensor) -> LabelledImages:
-        """The images at some places, or those for which a mask holds."""
-        return LabelledImages(self.images[index], self.labels[index], self.rows[index])
-
-    def of_classes(self, classes: Sequence[int]) -> LabelledImages:
-        """The images of some classes."""
-        return self.select(torch.isin(self.labels, torch.tensor(list(classes), dtype=self.labels.dtype)))
-
-    def of_rows(self, rows: Sequence[int]) -> LabelledImages:
-        """The images in some rows of the original data set, in the order of `rows`."""
-        places = {row: place for place, row in enumerate(self.rows.tolist())}
-        return self.select(torch.tensor([places[row] for row in rows], dtype=torch.long))
-
-    @staticmethod
-    def concatenate(parts: Sequence[LabelledImages]) -> LabelledImages:
-        """All images of several sets, in order."""
-        columns = zip(*((part.images, part.labels, part.rows) for part in parts))
-        return LabelledImages(*(torch.cat(column) for column in columns))
+from .images import LabelledImages
+from .sources import ImageData, ImageSource
+from .transforms import BatchTransform
 
 
 @dataclass(frozen=True)
@@ -94,9 +51,9 @@ class ClassIncrementalScenario:
     Every image is decoded and resized once, when the scenario is made, so that a broken file is found before training.
 
     Args:
-        train (`datasets.Dataset`): Training images.
-        test (`Optional[datasets.Dataset]`): Test images with the same label names; may be `None` if
-            `validation_fraction` is set.
+        train (`Union[datasets.Dataset, datasets.IterableDataset]`): Training images.
+        test (`Optional[ImageData]`): Test images with the same label names; may be `None` if `validation_fraction` is
+            set.
         image_processor (`BaseImageProcessor`): The backbone's image processor.
         classes_per_task (`Optional[int]`): Classes in each task; the last may have fewer.
         groups (`Optional[Sequence[Sequence[str]]]`): The class names of each task, instead of `classes_per_task`.
@@ -113,6 +70,9 @@ class ClassIncrementalScenario:
         learned (`Sequence[Sequence[str]]`): Class names of tasks that were learned before; the tasks of this scenario
             go on behind them. The data set need not have images of theirs; test images that it has are scored too.
         exemplar_rows (`Sequence[int]`): Rows of `train` with exemplars of the classes learned before.
+        cache_dir (`Optional[Union[str, os.PathLike]]`): Folder for the decoded images, read from there batch by batch
+            and found again by other class orders, seeds and processes; see [`ImageSource`]. Streams need one. Images
+            lie there as they are: guard and delete it like the data set itself. If `None`, they are kept in memory.
         progress (`bool`): Whether to show a progress bar while images are decoded.
 
     Attributes:
@@ -121,7 +81,7 @@ class ClassIncrementalScenario:
 
     Raises:
         ValueError: If a column is missing or no class label, the tasks do not partition the classes, a task has no
-            images, or an image cannot be read.
+            images, an image cannot be read, or `cache_dir` cannot be written.
 
     Example:
 
@@ -134,8 +94,8 @@ class ClassIncrementalScenario:
 
     def __init__(
         self,
-        train: datasets.Dataset,
-        test: Optional[datasets.Dataset],
+        train: ImageData,
+        test: Optional[ImageData],
         image_processor: Any,
         *,
         classes_per_task: Optional[int] = None,
@@ -150,27 +110,32 @@ class ClassIncrementalScenario:
         crop_padding: float = 0.125,
         learned: Sequence[Sequence[str]] = (),
         exemplar_rows: Sequence[int] = (),
+        cache_dir: Optional[Union[str, os.PathLike]] = None,
         progress: bool = True,
     ) -> None:
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction={validation_fraction} must be at least 0 and less than 1.")
-        names = _label_names(train, image_column, label_column, "train")
+        reading = (image_processor, image_column, label_column, cache_dir, progress)
+        source = ImageSource(train, "train", *reading)
+        names = source.class_names
         before = [name for group in learned for name in group]
         coming = _make_groups(names, classes_per_task, groups, class_order, seed, before)
         self.first_task = len(learned)
         self.groups = [list(group) for group in learned] + coming
         self.class_names = [name for group in self.groups for name in group]
         if validation_fraction > 0:
-            train_labels = _labels(train, label_column, "train")
+            train_labels, test_source = source.labels, source
             _check_can_be_split(train_labels, names, self.class_names, validation_fraction)
             train_labels, test_labels = _hold_out(train_labels, validation_fraction, seed or 0)
-            test = train
         elif test is None:
             raise ValueError("There are no test images; give a test set, or hold some out by validation_fraction=0.2.")
-        elif _label_names(test, image_column, label_column, "test") != names:
-            raise ValueError(f"The classes of column {label_column!r} differ between train and test; make them equal.")
         else:
-            train_labels, test_labels = (_labels(train, label_column, "train"), _labels(test, label_column, "test"))
+            test_source = ImageSource(test, "test", *reading)
+            if test_source.class_names != names:
+                raise ValueError(
+                    f"The classes of column {label_column!r} differ between train and test; make them equal."
+                )
+            train_labels, test_labels = source.labels, test_source.labels
         # A class's number is its place in the order of arrival; rows of classes that no task has get -1, as do rows
         # that belong to the other part of a split.
         order = torch.tensor(
@@ -181,9 +146,9 @@ class ClassIncrementalScenario:
         train_labels = _only_exemplars(train_labels, len(before), self.exemplar_rows)
         self._check_all_tasks_have_images(train_labels, "train")
         self._check_all_tasks_have_images(test_labels, "test")
-        self.train = _decode_known(train, train_labels, image_column, image_processor, progress, "training images")
-        self.test = _decode_known(test, test_labels, image_column, image_processor, progress, "test images")
-        for height, width in {tuple(self.test.images.shape[2:])} - {self.image_size}:
+        self.train = source.images(train_labels, "training images")
+        self.test = test_source.images(test_labels, "test images")
+        for height, width in {self.test.image_size} - {self.image_size}:
             raise ValueError(
                 f"Training images come out as {self.image_size[0]}x{self.image_size[1]} pixels, test images as "
                 f"{height}x{width}; use an image processor that resizes to one height and width."
@@ -234,7 +199,7 @@ class ClassIncrementalScenario:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images, in pixels."""
-        return tuple(self.train.images.shape[2:])
+        return self.train.image_size
 
     def task_of_class(self) -> list[int]:
         """The task of each class, in the order of the classes' numbers."""
@@ -262,27 +227,6 @@ def _only_exemplars(labels: Tensor, learned: int, rows: Sequence[int]) -> Tensor
     kept = torch.zeros_like(labels, dtype=torch.bool)
     kept[list(rows)] = True
     return labels.where((labels >= learned) | kept, -1)
-
-
-def _label_names(dataset: datasets.Dataset, image_column: str, label_column: str, split: str) -> list[str]:
-    """Names of the classes, after both columns were checked."""
-    features = dataset.features
-    for column, option in ((image_column, "image_column"), (label_column, "label_column")):
-        if column not in features:
-            raise ValueError(
-                f"The {split} set has no column {column!r}; set {option} to one of {', '.join(map(repr, features))}."
-            )
-    if not isinstance(features[image_column], datasets.Image):
-        raise ValueError(
-            f"Column {image_column!r} of the {split} set is no Image but {type(features[image_column]).__name__}; "
-            "convert it by `dataset.cast_column(column, datasets.Image())`."
-        )
-    if not isinstance(features[label_column], datasets.ClassLabel):
-        raise ValueError(
-            f"Column {label_column!r} of the {split} set is no ClassLabel but "
-            f"{type(features[label_column]).__name__}; convert it by `dataset.class_encode_column({label_column!r})`."
-        )
-    return list(features[label_column].names)
 
 
 def _make_groups(
@@ -333,15 +277,6 @@ def _check_names(given: Sequence[str], names: list[str], option: str) -> None:
             raise ValueError(f"{option} names the class {name!r} again, already learned before; name each class once.")
 
 
-def _labels(dataset: datasets.Dataset, label_column: str, split: str) -> Tensor:
-    """The data set's own label of each row, `(N,)`."""
-    labels = dataset[label_column][:]
-    for row, label in enumerate(labels):
-        if label is None or label < 0:
-            raise ValueError(f"Row {row} of the {split} set has no label in column {label_column!r}; remove it.")
-    return torch.tensor(labels, dtype=torch.long)
-
-
 def _check_can_be_split(labels: Tensor, names: list[str], used: list[str], fraction: float) -> None:
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     for name, count in zip(names, counts):
@@ -364,12 +299,3 @@ def _hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tenso
         rows = rows[torch.randperm(len(rows), generator=generator)]
         held[rows[: round(fraction * len(rows))]] = True
     return labels.where(~held, -1), labels.where(held, -1)
-
-
-def _decode_known(
-    dataset: datasets.Dataset, labels: Tensor, image_column: str, image_processor: Any, progress: bool, name: str
-) -> LabelledImages:
-    rows = torch.nonzero(labels >= 0).flatten()
-    chosen = rows.tolist()
-    images = decode_images(dataset.select(chosen), image_column, image_processor, progress, name, chosen)
-    return LabelledImages(images, labels[rows], rows)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar, Union
 
 import datasets
+import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
+
+
+_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
 
 def decode_images(
@@ -41,21 +47,74 @@ def decode_images(
     Raises:
         ValueError: If a file is missing or no image (with its path), or images come out in different sizes.
     """
-    raw = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    images = None
+    decoded = iterate_decoded(raw_examples(dataset, [column], column), column, image_processor, rows)
+    for place, (pixels, _) in enumerate(
+        tqdm(decoded, total=len(dataset), desc=f"Decoding {name}", disable=not progress)
+    ):
+        if images is None:
+            images = torch.empty(len(dataset), *pixels.shape, dtype=torch.uint8)
+        images[place] = pixels
+    if images is None:
+        raise ValueError(f"There are no {name} to decode; the data set has no rows.")
+    return images
 
-    def load(index: int) -> Tensor:
-        return _decode(raw[index][column], index if rows is None else rows[index], image_processor)
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        bar = tqdm(pool.map(load, range(len(raw))), total=len(raw), desc=f"Decoding {name}", disable=not progress)
-        images = list(bar)
-    sizes = {tuple(image.shape[1:]) for image in images}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"Images come out in different sizes ({', '.join(f'{h}x{w}' for h, w in sorted(sizes)[:3])}, ...); use an "
-            "image processor that resizes to one height and width."
-        )
-    return torch.stack(images)
+def raw_examples(
+    dataset: Union[datasets.Dataset, datasets.IterableDataset], columns: Sequence[str], image_column: str
+) -> Iterable[dict[str, Any]]:
+    """The rows of a data set as plain values, its images as the bytes or the path of a file."""
+    plain = dataset.select_columns(list(columns)).with_format(None)
+    return plain.cast_column(image_column, datasets.Image(decode=False))
+
+
+def iterate_decoded(
+    examples: Iterable[dict[str, Any]], column: str, image_processor: Any, rows: Optional[Iterable[int]] = None
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Decodes, converts to RGB, and resizes images in parallel; few at a time are in memory.
+
+    Args:
+        examples (`Iterable[dict[str, Any]]`): From [`raw_examples`]; gone through once.
+        column (`str`): Column of the images.
+        image_processor (`BaseImageProcessor`): A transformers image processor; resizes and crops.
+        rows (`Optional[Iterable[int]]`): What error messages call the rows; counted if `None`.
+
+    Yields:
+        `tuple[Tensor, dict[str, Any]]`: `(3, H, W)`, `uint8`, and the example; in order.
+
+    Raises:
+        ValueError: If a file is missing or no image (with its path), or images come out in different sizes.
+    """
+
+    def load(numbered: tuple[int, dict[str, Any]]) -> tuple[Tensor, dict[str, Any]]:
+        row, example = numbered
+        return _decode(example[column], row, image_processor), example
+
+    first = None
+    for pixels, example in _in_order(load, zip(itertools.count() if rows is None else rows, examples)):
+        first = pixels.shape if first is None else first
+        if pixels.shape != first:
+            sizes = sorted([tuple(first[1:]), tuple(pixels.shape[1:])])
+            raise ValueError(
+                f"Images come out in different sizes ({' and '.join(f'{h}x{w}' for h, w in sizes)}); use an image "
+                "processor that resizes to one height and width."
+            )
+        yield pixels, example
+
+
+def _in_order(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    """Results of a function in the order of the items, by several threads; the items are not read far ahead."""
+    workers = os.cpu_count() or 1
+    pool, pending = ThreadPoolExecutor(max_workers=workers), deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _decode(source: Optional[dict[str, Any]], row: int, image_processor: Any) -> Tensor:
@@ -63,7 +122,7 @@ def _decode(source: Optional[dict[str, Any]], row: int, image_processor: Any) ->
         raise ValueError(f"Row {row} has no image; remove it.")
     where = source["path"] or f"of row {row}"
     try:
-        with Image.open(BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"]) as file:
+        with Image.open(_file(source)) as file:
             image = _to_rgb(ImageOps.exif_transpose(file))
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
@@ -71,6 +130,15 @@ def _decode(source: Optional[dict[str, Any]], row: int, image_processor: Any) ->
     processed = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
     pixels = processed["pixel_values"][0]
     return pixels if pixels.dtype == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)
+
+
+def _file(source: dict[str, Any]) -> Union[str, BytesIO]:
+    """What Pillow can open: a path, or the bytes of a file that is elsewhere or within an archive (streams)."""
+    content, path = source["bytes"], source["path"]
+    if content is None and "://" in path:
+        with fsspec.open(path, "rb") as remote:
+            content = remote.read()
+    return path if content is None else BytesIO(content)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

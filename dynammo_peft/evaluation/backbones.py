@@ -13,7 +13,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from ..data import ClassIncrementalScenario, ClassStatistics, resized_image_processor
+from ..data import ClassIncrementalScenario, ClassStatistics, data_loader, resized_image_processor
 from ..methods.analytic import ridge_regression
 from ..tuner import DynammoConfig
 from .cost import forward_cost
@@ -137,7 +137,7 @@ def _features(model: Any, scenario: ClassIncrementalScenario, device: str) -> tu
     adapted = get_peft_model(model, config).to(device).eval()
     images = scenario[0].train
     with adapted.head_output("features"):
-        batches = (scenario.transform(batch.to(device)) for batch in images.images.split(64))
+        batches = (scenario.transform(batch.to(device)) for batch, _ in data_loader(images, 64))
         parts = [adapted(pixel_values=batch).logits.cpu() for batch in batches]
     with adapted.disable_adapter():
         image = torch.zeros(1, 3, *scenario.image_size, device=device)

@@ -61,7 +61,7 @@ def save_learning_state(
     exemplars = method.memory.images() if include_exemplars else None
     if exemplars is None:
         return [STATE, TENSORS]
-    save_file({field.name: getattr(exemplars, field.name) for field in fields(exemplars)}, directory / EXEMPLARS)
+    save_file({name: getattr(exemplars, name) for name in ("images", "labels", "rows")}, directory / EXEMPLARS)
     return [STATE, TENSORS, EXEMPLARS]
 
 

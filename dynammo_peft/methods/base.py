@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, get_scheduler
 
-from ..data import BatchTransform, ClassIncrementalScenario, LabelledImages, Task
+from ..data import BatchTransform, ClassIncrementalScenario, LabelledImages, Task, data_loader
 from ..tuner.head_config import check_choice
 
 
@@ -196,10 +196,9 @@ class Method(ABC):
         """
         self.model.set_adapter(adapter, inference_mode=True)
         self.model.eval()
-        places = torch.arange(len(images))
-        loader = self.accelerator.prepare_data_loader(
-            DataLoader(TensorDataset(images.images, places), batch_size=batch_size)
-        )
+        # An image's place in the order of all, to find what is drawn for it.
+        numbered = LabelledImages(images.store, torch.arange(len(images)), images.rows, images.places)
+        loader = self.accelerator.prepare_data_loader(data_loader(numbered, batch_size))
         self.model.to(self.accelerator.device)
         generator = torch.Generator().manual_seed(self.arguments.seed)
         all_views = []
@@ -207,8 +206,8 @@ class Method(ABC):
             drawn = self.transform.draw(len(images), generator) if view > 0 else None
             parts = []
             with self.model.head_output("features"), self.accelerator.autocast():
-                for batch, rows in loader:
-                    pixel_values = self.transform(batch, drawn[rows.cpu()] if view > 0 else None)
+                for batch, numbers in loader:
+                    pixel_values = self.transform(batch, drawn[numbers.cpu()] if view > 0 else None)
                     features = self.model(pixel_values=pixel_values).logits
                     parts.append(self.accelerator.gather_for_metrics(features.float()).cpu())
             all_views.append(torch.cat(parts))

@@ -10,9 +10,9 @@ from typing import Any, Literal, Optional, Union
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import WeightedRandomSampler
 
-from ..data import ClassStatistics, LabelledImages, Task
+from ..data import ClassStatistics, LabelledImages, Task, data_loader
 from ..merging import adapter_tensors, diagonal_fisher, gaussian_likelihood, learn_merge_weights
 from ..merging.recalibration import recalibrate
 from ..merging.registry import COMBINATIONS
@@ -208,8 +208,7 @@ class _Batches:
             counts = torch.bincount(images.labels)
             generator = torch.Generator().manual_seed(method.arguments.seed)
             sampler = WeightedRandomSampler(1 / counts[images.labels], len(images), generator=generator)
-        data = TensorDataset(images.images, images.labels)
-        self.loader = DataLoader(data, batch_size=method.arguments.adapter_batch_size, sampler=sampler)
+        self.loader = data_loader(images, method.arguments.adapter_batch_size, sampler=sampler)
 
     def __len__(self) -> int:
         return len(self.loader)

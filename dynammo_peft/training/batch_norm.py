@@ -38,7 +38,7 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         dims = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
-        values = input.float()
+        values = input if input.dtype == torch.float64 else input.float()
         # Two sums one after the other: mean squares minus squared means would lose digits.
         count = torch.full((1,), values.numel() / values.shape[1], device=values.device)
         sums = _SumOverProcesses.apply(torch.cat([values.sum(dims), count]))

@@ -10,10 +10,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-from ..data import ClassIncrementalScenario, LabelledImages, Task
+from ..data import ClassIncrementalScenario, LabelledImages, Task, data_loader
 from ..methods import Method, Stage
 from .agreement import check_agreement
 from .batches import derived_seed
@@ -38,6 +37,7 @@ class Learner:
         eval_batch_size (`int`): Test images a process and step.
         progress (`bool`): Whether to show progress bars (only ever on the main process).
         checkpoints (`Optional[Checkpoints]`): Where to save what it takes to resume; nowhere if `None`.
+        dataloader_num_workers (`int`): Processes that read training images ahead; see [`~data.data_loader`].
 
     Example:
 
@@ -56,12 +56,14 @@ class Learner:
         eval_batch_size: int = 64,
         progress: bool = True,
         checkpoints: Optional[Checkpoints] = None,
+        dataloader_num_workers: int = 0,
     ) -> None:
         self.method = method
         self.accelerator = accelerator if accelerator is not None else Accelerator()
         self.eval_batch_size = eval_batch_size
         self.progress = progress and self.accelerator.is_main_process
         self.checkpoints = checkpoints
+        self.dataloader_num_workers = dataloader_num_workers
         self._position = Position()
 
     def fit(
@@ -171,7 +173,7 @@ class Learner:
         running: Optional[dict[str, Any]] = None,
     ) -> dict[str, Tensor]:
         """Trains a stage, or the rest of it; returns what was trained."""
-        loop = TrainingLoop(stage, self.accelerator, scenario.transform, seed, running)
+        loop = TrainingLoop(stage, self.accelerator, scenario.transform, seed, running, self.dataloader_num_workers)
         if running is not None:
             self.checkpoints.restore_randomness(running)
         position, last_saved = self._position, self._position.step
@@ -202,13 +204,6 @@ class Learner:
         first, count = scenario.learned_classes, scenario.num_classes
         return [(label - first) % count for label in predictions], [(label - first) % count for label in references]
 
-    def _redo(self, stage: Stage, saved: dict[str, Any]) -> None:
-        """Puts what an earlier process has trained in place of training."""
-        stage.network.train()
-        restore_tensors(stage.network, saved["trained"])
-        stage.network.eval()
-        self.checkpoints.restore_randomness(saved)
-
     def _is_due(self, steps: int) -> bool:
         """Whether to save the running stage, `steps` after it was saved; gradients not yet used would get lost."""
         return self.checkpoints is not None and self.accelerator.sync_gradients and self.checkpoints.is_due(steps)
@@ -216,8 +211,7 @@ class Learner:
     @torch.no_grad()
     def _predict(self, images: LabelledImages, scenario: ClassIncrementalScenario) -> tuple[list[int], list[int]]:
         """Predicted and true classes of images, on every process."""
-        data = TensorDataset(images.images, images.labels)
-        loader = self.accelerator.prepare_data_loader(DataLoader(data, batch_size=self.eval_batch_size))
+        loader = self.accelerator.prepare_data_loader(data_loader(images, self.eval_batch_size))
         predictions, references = [], []
         self.method.model.eval()
         for batch, labels in loader:

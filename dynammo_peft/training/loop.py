@@ -10,9 +10,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from ..data import BatchTransform
+from ..data import BatchTransform, data_loader
 from ..methods import Stage
 from .batch_norm import global_batch_norm
 from .batches import Sampler, check_shares, deal, derived_seed, number_of_batches, share
@@ -29,6 +28,7 @@ class TrainingLoop:
         transform (`BatchTransform`): Augments and normalises images.
         seed (`int`): Decides on the batches and the augmentation.
         running (`Optional[Mapping[str, Any]]`): From `state` of a loop of the same stage, to go on from there.
+        num_workers (`int`): Processes that read images ahead.
 
     Attributes:
         epoch (`int`): The epoch that the next step belongs to.
@@ -47,8 +47,10 @@ class TrainingLoop:
         transform: BatchTransform,
         seed: int,
         running: Optional[Mapping[str, Any]] = None,
+        num_workers: int = 0,
     ) -> None:
         self.stage, self.accelerator, self.transform, self.seed = stage, accelerator, transform, seed
+        self.num_workers = num_workers
         self.batch_size = stage.optimization.batch_size * accelerator.num_processes
         check_shares(len(stage.data), self.batch_size, accelerator.num_processes)
         self.epochs = stage.optimization.epochs
@@ -138,7 +140,7 @@ class TrainingLoop:
         own = [share(batch, process, processes) for batch in rest]
         # Sharded already: Accelerate would fill up or leave out what does not divide.
         loader = prepare_data_loader(
-            DataLoader(self.stage.data, batch_sampler=Sampler(own)),
+            data_loader(self.stage.data, 1, self.num_workers, batch_sampler=Sampler(own)),
             device=self.accelerator.device,
             num_processes=1,
             process_index=0,

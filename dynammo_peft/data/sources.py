@@ -1,0 +1,179 @@
+"""A data set or a stream as decoded images: its columns, its labels, and where its images are kept."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, Optional, Union
+
+import datasets
+import torch
+from datasets.fingerprint import Hasher
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .cache import MappedImages, open_cache
+from .images import LabelledImages
+from .transforms import decode_images, iterate_decoded, raw_examples
+
+
+ImageData = Union[datasets.Dataset, datasets.IterableDataset]
+
+
+class ImageSource:
+    """
+    One split of a data set.
+
+    With `cache_dir` all rows are decoded into a file, once, also those of classes that no task has; without it those
+    that are asked for, into memory. A stream is gone through once, when its labels are asked for.
+
+    The file is found again for the same data set, columns and image processor. A data set is known by the fingerprint
+    that `datasets` gives it. A stream has none: it is known by where its files are and what is done to them (shards,
+    filters, shuffling), not by what is in them. If files change under the same names, delete the folder.
+
+    The file holds the images as they are, and only the user can read it. Where they are of patients, the folder is to
+    be guarded like the data set itself, and deleted with it.
+
+    Args:
+        dataset (`Union[datasets.Dataset, datasets.IterableDataset]`): Images with class labels.
+        split (`str`): What error messages call it.
+        image_processor (`BaseImageProcessor`): Resizes and crops.
+        image_column (`str`): Column of the images.
+        label_column (`str`): Column of the labels, a `ClassLabel`.
+        cache_dir (`Optional[Union[str, os.PathLike]]`): Folder for the decoded images; in memory if `None`.
+        progress (`bool`): Whether to show a progress bar while images are decoded.
+
+    Raises:
+        ValueError: If a column is missing, no image or no class label, or a stream has no `cache_dir`.
+
+    Attributes:
+        class_names (`list[str]`): In the order of the data set's labels.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageData,
+        split: str,
+        image_processor: Any,
+        image_column: str,
+        label_column: str,
+        cache_dir: Optional[Union[str, os.PathLike]],
+        progress: bool,
+    ) -> None:
+        self.dataset = dataset
+        self.split = split
+        self.image_processor = image_processor
+        self.image_column = image_column
+        self.label_column = label_column
+        self.cache_dir = cache_dir
+        self.progress = progress
+        self.is_stream = isinstance(dataset, datasets.IterableDataset)
+        # Not to a temporary folder: images of patients are written where they are meant to be, or not at all.
+        if self.is_stream and cache_dir is None:
+            raise ValueError(
+                f"The {split} set is a stream, whose images pass once; set cache_dir to a folder for the decoded ones."
+            )
+        self.class_names = self._class_names()
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """The data set's own label of each row, `(N,)`."""
+        if self.is_stream:
+            return self._cache.labels
+        labels = self.dataset[self.label_column][:]
+        for row, label in enumerate(labels):
+            self._check_label(row, label)
+        return torch.tensor(labels, dtype=torch.long)
+
+    def images(self, labels: Tensor, name: str) -> LabelledImages:
+        """The images of some rows.
+
+        Args:
+            labels (`Tensor`): A label for each row, `(N,)`; rows with -1 are left out.
+            name (`str`): What the progress bar calls them.
+        """
+        rows = torch.nonzero(labels >= 0).flatten()
+        if self.cache_dir is not None:
+            return LabelledImages(self._cache, labels[rows], rows, places=rows)
+        chosen, dataset = rows.tolist(), self.dataset
+        images = decode_images(
+            dataset.select(chosen), self.image_column, self.image_processor, self.progress, name, chosen
+        )
+        return LabelledImages(images, labels[rows], rows)
+
+    @cached_property
+    def _cache(self) -> MappedImages:
+        facts = {
+            "data": self._fingerprint(),
+            "columns": [self.image_column, self.label_column],
+            # The type too: those of one name that resize by other libraries give other pixels.
+            "image_processor": [type(self.image_processor).__name__, self.image_processor.to_dict()],
+        }
+        return open_cache(self.cache_dir, facts, self._decoded, None if self.is_stream else len(self.dataset))
+
+    def _fingerprint(self) -> str:
+        """Tells the data set from all others: for a stream where its files are and what is done to them."""
+        if not self.is_stream:
+            return self.dataset._fingerprint
+        # How far it was read by others does not matter.
+        steps = copy.deepcopy(self.dataset._ex_iterable)
+        steps._init_state_dict()
+        try:
+            return Hasher.hash([steps, self.dataset.features, self.dataset.epoch, self.dataset._distributed])
+        except Exception as error:  # Whatever pickling its functions raises.
+            raise ValueError(
+                f"The {self.split} stream cannot be told from other ones, since its functions cannot be pickled "
+                f"({type(error).__name__}: {error}); use functions of a module, without open files or locks."
+            ) from error
+
+    def _decoded(self) -> Iterator[tuple[Tensor, int]]:
+        """Images and labels of all rows."""
+        examples = raw_examples(self.dataset, [self.image_column, self.label_column], self.image_column)
+        decoded = iterate_decoded(examples, self.image_column, self.image_processor)
+        total = None if self.is_stream else len(self.dataset)
+        bar = tqdm(decoded, total=total, desc=f"Decoding {self.split} images", disable=not self.progress)
+        row = -1
+        for row, (pixels, example) in enumerate(bar):
+            self._check_label(row, example[self.label_column])
+            yield pixels, example[self.label_column]
+        if row < 0:
+            raise ValueError(f"The {self.split} set has no images.")
+
+    def _check_label(self, row: int, label: Optional[int]) -> None:
+        if label is None or label < 0:
+            raise ValueError(
+                f"Row {row} of the {self.split} set has no label in column {self.label_column!r}; remove it."
+            )
+
+    def _class_names(self) -> list[str]:
+        """Names of the classes, after both columns were checked."""
+        features, split = self.dataset.features, self.split
+        if features is None:
+            raise ValueError(
+                f"The {split} stream does not say which columns it has; tell it by `dataset.cast(datasets.Features("
+                f"{{{self.image_column!r}: datasets.Image(), {self.label_column!r}: "
+                "datasets.ClassLabel(names=[...])}))`."
+            )
+        for column, option in ((self.image_column, "image_column"), (self.label_column, "label_column")):
+            if column not in features:
+                raise ValueError(
+                    f"The {split} set has no column {column!r}; set {option} to one of "
+                    f"{', '.join(map(repr, features))}."
+                )
+        image, label = features[self.image_column], features[self.label_column]
+        if not isinstance(image, datasets.Image):
+            raise ValueError(
+                f"Column {self.image_column!r} of the {split} set is no Image but {type(image).__name__}; "
+                "convert it by `dataset.cast_column(column, datasets.Image())`."
+            )
+        if not isinstance(label, datasets.ClassLabel):
+            how = f"class_encode_column({self.label_column!r})"
+            if self.is_stream:
+                how = f"cast_column({self.label_column!r}, datasets.ClassLabel(names=[...]))"
+            raise ValueError(
+                f"Column {self.label_column!r} of the {split} set is no ClassLabel but {type(label).__name__}; "
+                f"convert it by `dataset.{how}`."
+            )
+        return list(label.names)
