@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from test_kill import assert_same, result
+from test_recipe import RECIPE, small_run
 
 
 TESTS = Path(__file__).parent
@@ -67,6 +71,8 @@ RUNS = [
             "learned_weights": "layer",
             "weights_objective": "labels",
             "weights_steps": 3,
+            # Adam again, on adapters that hardly differ yet.
+            "weights_learning_rate": 1e-5,
             "recalibrate": True,
         },
     ),
@@ -117,5 +123,40 @@ def test_the_number_of_processes_does_not_matter(outcomes, processes, run):
     for name, tensor in {**tensors, **model}.items():
         expected = {**expected_tensors, **expected_model}[name]
         # Heads in closed form invert a covariance of more features than images, and hold large numbers.
-        allowed = 1e-3 * expected.abs().max() if "dynammo_head.merged" in name else 1e-5
+        allowed = 1e-3 * expected.abs().max() if "dynammo_head.merged" in name else 2e-4
         assert (tensor - expected).abs().max() <= allowed, name
+
+
+def worker(launcher, rank):
+    """The process of a rank, once there is one."""
+    for _ in range(600):
+        for child in psutil.Process(launcher.pid).children(recursive=True):
+            if child.environ().get("LOCAL_RANK") == str(rank):
+                return child
+        time.sleep(0.1)
+    raise AssertionError("no such process")
+
+
+def test_the_job_ends_with_a_process_and_is_resumed(tmp_path):
+    path = small_run(tmp_path, adapter_epochs=3, adapter_batch_size=3, heads="exemplars", save_steps=1, ddp_timeout=30)
+    options = [path, "--resume_from_checkpoint", "latest", "--output_dir"]
+    whole = launch(2, RECIPE, *options, tmp_path / "whole")
+    running = launch(2, RECIPE, *options, tmp_path / "run")
+    lost = worker(running, 1)
+    # In mid-task: the first has three epochs of two steps.
+    while not list(tmp_path.glob("run-checkpoints/checkpoint-[3-5].json")):
+        assert running.poll() is None, running.stdout.read()
+        time.sleep(0.01)
+    lost.kill()
+    start = time.monotonic()
+    printed, _ = running.communicate()
+    assert time.monotonic() - start < 30 + 10
+    assert running.returncode != 0
+    assert "SIGKILL" in printed
+    assert not (tmp_path / "run").exists()
+
+    again = launch(2, RECIPE, *options, tmp_path / "run")
+    for process in (whole, again):
+        printed, _ = process.communicate()
+        assert process.returncode == 0, printed[-3000:]
+    assert_same(tmp_path / "run", result(tmp_path / "whole"))
