@@ -1,12 +1,15 @@
 """A single task trained by `transformers.Trainer`: the loss, the best model, going on after a stop, and the merge."""
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_recipe import image_folder
 from tiny import CONFIGS, tiny_dataset, tiny_images, tiny_model, tiny_processor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -14,6 +17,7 @@ from dynammo_peft import DynammoConfig, DynammoLoraConfig
 from dynammo_peft.merging import adapter_tensors
 
 
+ROOT = Path(__file__).parent.parent
 NAMES = ["cat", "dog", "owl", "fox"]
 STEPS_AN_EPOCH = 4
 
@@ -188,3 +192,20 @@ def test_two_tasks_trained_so_are_merged(tmp_path):
         }
     )
     assert trainer.evaluate(data)["eval_accuracy"] > 0.5
+
+
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # What a user has is left out of the example: here, a CPU and no trackers.
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    tiny_model("deit").save_pretrained("facebook/deit-tiny-patch16-224")
+    tiny_processor(32).save_pretrained("facebook/deit-tiny-patch16-224")
+    image_folder(tmp_path / "cells", classes=4, per_class=8)
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    section = page.split("## A single task with transformers.Trainer")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```py\n(.*?)```", section, flags=re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert names["trainer"].evaluate()["eval_accuracy"] == 1
+    loaded = PeftModel.from_pretrained(tiny_model("deit"), tmp_path / "cells-model" / "merged")
+    assert loaded.config.id2label == {index: f"class {index}" for index in range(4)}
