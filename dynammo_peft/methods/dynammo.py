@@ -216,12 +216,14 @@ class Dynammo(TwoStageMethod):
         weight = self.arguments.feature_distillation
         if not weight or task.index == 0:
             return super().adapter_step(network, images, labels, task)
-        with self.model.head_output("last_layer_logits+features"):
+        # Not `self.model`: where training is sharded, a copy is trained.
+        model = self.accelerator.unwrap_model(network)
+        with model.head_output("last_layer_logits+features"):
             output = network(pixel_values=images).logits
         width = len(task.classes) + 1
         loss, met = heads_step(output[:, :width], labels, (len(task.classes),), task.first_class)
-        with torch.no_grad(), self.model.head_output("features"), adapter_instead(self.model, MERGED):
-            known = self.model(pixel_values=images).logits
+        with torch.no_grad(), model.head_output("features"), adapter_instead(model, MERGED):
+            known = model(pixel_values=images).logits
         return loss + weight * F.mse_loss(output[:, width:].float(), known.float()), met
 
     def _new_adapter(self, task: Task) -> Iterator[Stage]:
