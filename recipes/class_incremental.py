@@ -41,6 +41,7 @@ from dynammo_peft import (
 )
 from dynammo_peft.data import load_image_dataset, resized_image_processor
 from dynammo_peft.hub import check_can_push, save_model
+from dynammo_peft.training.sharded import set_up_sharding
 from dynammo_peft.tuner.head_config import HeadConfig, Preset, Scoring
 
 
@@ -286,6 +287,7 @@ def run(argv: list[str]) -> tuple[Method, Results]:
         project_dir=f"{args.output_dir}-logs" if args.report_to else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
     )
+    set_up_sharding(accelerator)
     if args.overwrite_output_dir and args.resume_from_checkpoint is None and accelerator.is_main_process:
         checkpoints.store.clear()
     accelerator.wait_for_everyone()

@@ -74,8 +74,9 @@ def train(network, inputs, labels, observe, batch_size=4):
     assert (trained is network) == (kind == "plain")
     optimizer = torch.optim.SGD([value for value in trained.parameters() if value.requires_grad], lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
-    loader = DataLoader(TensorDataset(inputs, labels), batch_size=batch_size)
-    prepared, optimizer, loader, scheduler = prepare(accelerator, trained, optimizer, loader, scheduler)
+    loader = accelerator.prepare_data_loader(DataLoader(TensorDataset(inputs, labels), batch_size=batch_size))
+    prepared, optimizer = prepare(accelerator, trained, optimizer, batch_size)
+    scheduler = accelerator.prepare_scheduler(scheduler)
     check_pieces(trained)
     for _ in range(3):
         prepared.train()
@@ -190,9 +191,7 @@ def test_without_sharding_the_network_itself_is_trained():
     set_up_sharding(accelerator)
     assert training_copy(accelerator, network) is network
     optimizer = torch.optim.SGD(network.parameters())
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    loader = torch.utils.data.DataLoader([1, 2])
-    prepared, optimizer, loader, scheduler = prepare(accelerator, network, optimizer, loader, scheduler)
+    prepared, optimizer = prepare(accelerator, network, optimizer, batch_size=2)
     assert prepared is network
     take_back(accelerator, network, prepared)
     accelerator.free_memory()

@@ -190,7 +190,8 @@ class Learner:
                     loss, accuracy = measured
                     values = {f"{stage.name}/loss": loss, f"{stage.name}/accuracy": accuracy}
                     self.accelerator.log(values, step=position.step)
-                if self._is_due(position.step - last_saved):
+                due = self.checkpoints is not None and self.checkpoints.is_due(position.step - last_saved)
+                if due and loop.has_state:
                     self.checkpoints.during_stage(position.task, loop.state(), position.step, self._seconds)
                     last_saved = position.step
         return loop.end()
@@ -203,10 +204,6 @@ class Learner:
         # Without test images of them, classes learned before stand behind all others.
         first, count = scenario.learned_classes, scenario.num_classes
         return [(label - first) % count for label in predictions], [(label - first) % count for label in references]
-
-    def _is_due(self, steps: int) -> bool:
-        """Whether to save the running stage, `steps` after it was saved; gradients not yet used would get lost."""
-        return self.checkpoints is not None and self.accelerator.sync_gradients and self.checkpoints.is_due(steps)
 
     @torch.no_grad()
     def _predict(self, images: LabelledImages, scenario: ClassIncrementalScenario) -> tuple[list[int], list[int]]:

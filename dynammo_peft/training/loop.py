@@ -15,6 +15,7 @@ from ..data import BatchTransform, data_loader
 from ..methods import Stage
 from .batch_norm import global_batch_norm
 from .batches import Sampler, check_shares, deal, derived_seed, number_of_batches, share
+from .sharded import is_sharded, prepare, take_back, training_copy
 from .trained import restore_tensors, trained_tensors
 
 
@@ -49,6 +50,9 @@ class TrainingLoop:
         running: Optional[Mapping[str, Any]] = None,
         num_workers: int = 0,
     ) -> None:
+        if is_sharded(accelerator):
+            # Of a stage that was not sharded then; it starts anew.
+            running = None
         self.stage, self.accelerator, self.transform, self.seed = stage, accelerator, transform, seed
         self.num_workers = num_workers
         self.batch_size = stage.optimization.batch_size * accelerator.num_processes
@@ -59,9 +63,11 @@ class TrainingLoop:
         stage.network.train()
         if running is not None:
             restore_tensors(stage.network, running["trained"])
+        # The stage's own network, unless training shards it.
+        self.trained = training_copy(accelerator, stage.network)
         updates = self.epochs * math.ceil(self.batches / accelerator.gradient_accumulation_steps)
-        optimizer, self.scheduler = stage.optimization.make(stage.network, updates)
-        self.network, self.optimizer = accelerator.prepare(stage.network, optimizer)
+        optimizer, self.scheduler = stage.optimization.make(self.trained, updates)
+        self.network, self.optimizer = prepare(accelerator, self.trained, optimizer, stage.optimization.batch_size)
         # Loss and hits, summed over this process's images of the epoch, and how many these were.
         self.totals = torch.zeros(2, device=accelerator.device)
         self.images = 0
@@ -79,7 +85,7 @@ class TrainingLoop:
 
     def __iter__(self) -> Iterator[Optional[tuple[float, float]]]:
         """Takes all steps that are left; yields after each, at an epoch's end its mean loss and accuracy."""
-        with global_batch_norm(self.stage.network, self.accelerator.num_processes):
+        with global_batch_norm(self.trained, self.accelerator.num_processes):
             while self.epoch < self.epochs:
                 # A stage's code may have asked the model for something since.
                 self.network.train()
@@ -88,8 +94,13 @@ class TrainingLoop:
                     self.batch += 1
                     yield self._end_epoch() if self.batch == self.batches else None
 
+    @property
+    def has_state(self) -> bool:
+        """Whether `state` can be taken: gradients not yet used would get lost, and pieces stay where they are."""
+        return self.accelerator.sync_gradients and not is_sharded(self.accelerator)
+
     def state(self) -> dict[str, Any]:
-        """What `running` takes; called by all processes, after a step that has updated the parameters."""
+        """What `running` takes; called by all processes."""
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -107,6 +118,7 @@ class TrainingLoop:
             `dict[str, Tensor]`: What was trained.
         """
         network = self.stage.network
+        take_back(self.accelerator, network, self.network)
         self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)
         # Accelerate would take a network with this mark for wrapped, and leave it alone.
         vars(network).pop("_is_accelerate_prepared", None)

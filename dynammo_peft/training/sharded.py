@@ -18,8 +18,6 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 from transformers.integrations import unset_hf_deepspeed_config
 
 
@@ -102,30 +100,32 @@ def training_copy(accelerator: Accelerator, network: nn.Module) -> nn.Module:
 
 
 def prepare(
-    accelerator: Accelerator, network: nn.Module, optimizer: Optimizer, loader: DataLoader, scheduler: LRScheduler
-) -> tuple[nn.Module, Any, DataLoader, Any]:
+    accelerator: Accelerator, network: nn.Module, optimizer: Optimizer, batch_size: int
+) -> tuple[nn.Module, Any]:
     """`accelerator.prepare`, for what [`training_copy`] gave.
 
     Args:
         accelerator (`Accelerator`): Where and how.
         network (`nn.Module`): What [`training_copy`] gave.
         optimizer (`Optimizer`): For its parameters.
-        loader (`DataLoader`): The training data.
-        scheduler (`LRScheduler`): Of the optimizer.
+        batch_size (`int`): Images a step and process.
     """
-    if not accelerator.is_fsdp2:
-        return accelerator.prepare(network, optimizer, loader, scheduler)
-    # Accelerate would shard by classes of the model that it saw first; see `_fully_shard`.
-    optimizer, loader = accelerator.prepare_optimizer(optimizer), accelerator.prepare_data_loader(loader)
-    return network, optimizer, loader, accelerator.prepare_scheduler(scheduler)
+    if accelerator.is_fsdp2:
+        # Accelerate would shard by classes of the model that it saw first; see `_fully_shard`.
+        return network, accelerator.prepare_optimizer(optimizer)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Accelerate would ask a loader, and the stage before may have had other batches.
+        sizes = {"train_micro_batch_size_per_gpu": batch_size, "train_batch_size": "auto"}
+        accelerator.deepspeed_plugin.deepspeed_config.update(sizes)
+    return accelerator.prepare(network, optimizer)
 
 
 @torch.no_grad()
 def take_back(accelerator: Accelerator, network: nn.Module, prepared: nn.Module) -> None:
     """Copies what a copy of a network has learned into the network; without sharding they are one, and all is done.
 
-    Afterwards the network is on the accelerator's device, whole on each process, with the copy's parameters, each part
-    in the copy's mode. Running statistics are those of this process, as after any training of several processes.
+    Afterwards the network is on the accelerator's device, whole on each process, with the copy's parameters and this
+    process's buffers, each part in the copy's mode.
 
     Args:
         accelerator (`Accelerator`): Where and how.
