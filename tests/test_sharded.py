@@ -29,7 +29,7 @@ sys.path.insert(0, tests)
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
-    DeepSpeedPlugin, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, InitProcessGroupKwargs, set_seed
+    DeepSpeedPlugin, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 )
 from peft import get_peft_model
 from tiny import tiny_dataset, tiny_images, tiny_model, tiny_processor
@@ -128,16 +128,14 @@ def states_of(names):
 
 def state_of_method():
     # What a method's own step does to the head must reach the copy.
-    method = Dynammo(tiny_model("vit"), DynammoArguments(feature_distillation=5.0, memory_size=4))
+    options = {"optimizer": "sgd", "learning_rate": 0.005, "epochs": 2, "batch_size": 3}
+    arguments = {f"{stage}_{name}": value for stage in ("adapter", "head") for name, value in options.items()}
+    arguments = DynammoArguments(heads="exemplars", feature_distillation=5.0, memory_size=4, **arguments)
+    method = Dynammo(tiny_model("vit"), arguments)
     scenario = ClassIncrementalScenario(
         tiny_dataset(4, 6), tiny_dataset(4, 2), tiny_processor(32), classes_per_task=2, progress=False
     )
-    set_seed(0)
-    method.begin(scenario, accelerator)
-    for task in scenario:
-        for stage in method.learn(task):
-            inputs = scenario.transform(stage.data.images)
-            train(stage.network, inputs, stage.data.labels, lambda *args, stage=stage: stage.observe(*args)[0])
+    Learner(method, accelerator, progress=False).fit(scenario)
     return copies(method.model.state_dict())
 
 for kind in kinds.split(","):
