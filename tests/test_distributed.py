@@ -81,14 +81,16 @@ RUNS = [
 
 
 def launch(processes, script, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    """As docs/scaling.md says."""
+    file = TESTS.parent / "recipes" / "accelerate" / f"{'cpu' if processes == 1 else 'cpu_processes'}.yaml"
+    options = ["--config_file", file, "--num_processes", processes, "--num_cpu_threads_per_process", 1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", 0, script]
     return subprocess.Popen(
-        [*command, script, *map(str, arguments)],
+        [str(part) for part in [*command, *arguments]],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent,
     )
 

@@ -25,6 +25,10 @@ Granularity = Literal["none", "task", "layer", "channel"]
 Objective = Literal["statistics", "labels", "entropy"]
 
 
+# Images a step, all of them on every process: what is measured must not depend on how many there are.
+BATCH_SIZE = 32
+
+
 @dataclass
 class MergingArguments:
     """Options of the merge."""
@@ -208,7 +212,7 @@ class _Batches:
             counts = torch.bincount(images.labels)
             generator = torch.Generator().manual_seed(method.arguments.seed)
             sampler = WeightedRandomSampler(1 / counts[images.labels], len(images), generator=generator)
-        self.loader = data_loader(images, method.arguments.adapter_batch_size, sampler=sampler)
+        self.loader = data_loader(images, BATCH_SIZE, sampler=sampler)
 
     def __len__(self) -> int:
         return len(self.loader)
