@@ -103,7 +103,7 @@ def publish(
         evaluation_data=name,
         evaluation_data_id=repository,
         evaluation_split=f"{held_out:g} of {data_args.train_split}" if held_out else data_args.test_split,
-        test_images=results.after_task.count(results.after_task[-1]),
+        test_images=len(results.references),
         image_size=tuple(scenario.image_size),
         cost=cost,
         training_data=name,

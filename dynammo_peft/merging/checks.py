@@ -11,8 +11,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .adapters import AdaptedModel, adapter_tensors
-from .state import adapter_layers, tuner_of
+from .adapters import AdaptedModel, adapter_layers, adapter_tensors
+from .state import tuner_of
 
 
 # What may differ between adapters, as it does not change what their tensors mean, or is taken account of (scalings).
@@ -64,7 +64,7 @@ def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: 
     for name in adapters:
         if name not in model.peft_config:
             raise ValueError(f"Adapter {name!r} does not exist; there are {', '.join(model.peft_config)}.")
-    folded = {name for layer in adapter_layers(model) for name in layer.merged_adapters}
+    folded = {name for _, layer in adapter_layers(model) for name in layer.merged_adapters}
     if folded:
         raise ValueError(
             f"Adapters {', '.join(sorted(folded))} are merged into the base weights; call `unmerge_adapter` first."
@@ -80,7 +80,7 @@ def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: 
 
 def check_constants(model: AdaptedModel, adapters: Sequence[str]) -> None:
     """Raises a `ValueError` if layers keep other constants for the adapters, as the places of sparse weights."""
-    for layer in adapter_layers(model):
+    for _, layer in adapter_layers(model):
         if not isinstance(layer, BaseTunerLayer):
             continue
         for attribute in layer.other_param_names:

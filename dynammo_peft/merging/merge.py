@@ -14,6 +14,7 @@ from .adapters import (
     AdapterTensors,
     Slot,
     adapted_base,
+    adapter_layers,
     adapter_slots,
     adapter_tensors,
     set_adapter_tensors,
@@ -21,7 +22,7 @@ from .adapters import (
 from .checks import check_constants, check_mergeable
 from .functions import average_statistics
 from .registry import MergeFunction, find_combination
-from .state import adapter_layers, adapter_replaced, tuner_of
+from .state import adapter_replaced, tuner_of
 
 
 # Kinds of tensors that the layer multiplies by the adapter's scaling.
@@ -211,7 +212,7 @@ def _create_adapter(model: AdaptedModel, adapters: list[str], adapter_name: str)
         tensor.dtype in (torch.float16, torch.bfloat16) for tensor in adapter_tensors(model, adapters[0]).values()
     )
     tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not half)
-    for layer in adapter_layers(model):
+    for _, layer in adapter_layers(model):
         for name in (*layer.adapter_layer_names, *layer.other_param_names):
             container = getattr(layer, name, None)
             if isinstance(container, torch.nn.ModuleDict) and adapter_name in container:
