@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from peft import PeftConfig
@@ -43,20 +43,22 @@ TARGET_FIELDS = {
 BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: str) -> None:
+def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: Optional[str] = None) -> None:
     """Raises a `ValueError` unless the adapters exist, are built alike and can be merged into `adapter_name`.
 
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
         adapters (`Sequence[str]`): Names of the adapters to merge.
-        adapter_name (`str`): Name of the adapter to be made.
+        adapter_name (`Optional[str]`): Name of the adapter to be made; `None` if none is.
     """
     if not adapters:
         raise ValueError("No adapters to merge; name at least one.")
     if adapter_name in adapters:
         raise ValueError(f"Adapter {adapter_name!r} cannot be merged into itself; choose another adapter_name.")
     # PEFT keeps adapters in these modules by their names.
-    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+    if adapter_name is not None and (
+        not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name)
+    ):
         raise ValueError(
             f"Adapter name {adapter_name!r} must not be empty, hold a dot or be the name of an attribute of "
             "torch.nn.ParameterDict; choose another."
