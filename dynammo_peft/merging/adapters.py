@@ -5,7 +5,7 @@ Names leave the adapter's own name out, so that the tensors of different adapter
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Union
 
@@ -79,7 +79,7 @@ def adapter_slots(model: AdaptedModel, adapter: str) -> dict[str, Slot]:
         ValueError: If the adapter does not exist.
     """
     _check_exists(model, adapter)
-    return {slot.key: slot for slot, _ in _entries(adapted_base(model), adapter)}
+    return {slot.key: slot for slot, _ in _entries(adapter_layers(adapted_base(model)), adapter)}
 
 
 def _check_exists(model: AdaptedModel, adapter: str) -> None:
@@ -110,9 +110,9 @@ def _adapter_layers(module: nn.Module, name: str, seen: set[nn.Module]) -> Itera
             yield from _adapter_layers(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
-def _entries(base: nn.Module, adapter: str) -> Iterator[tuple[Slot, Tensor]]:
+def _entries(layers: Iterable[tuple[str, nn.Module]], adapter: str) -> Iterator[tuple[Slot, Tensor]]:
     """The places of an adapter's tensors, and the tensors."""
-    for layer_name, layer in adapter_layers(base):
+    for layer_name, layer in layers:
         if getattr(layer, "is_head", False):
             continue
         for container_name in layer.adapter_layer_names:
@@ -153,8 +153,15 @@ def adapter_tensors(model: AdaptedModel, adapter: str) -> AdapterTensors:
     Raises:
         ValueError: If the adapter does not exist.
     """
-    _check_exists(model, adapter)
-    return {slot.key: tensor for slot, tensor in _entries(adapted_base(model), adapter)}
+    return tensors_of_adapters(model, [adapter])[0]
+
+
+def tensors_of_adapters(model: AdaptedModel, adapters: Sequence[str]) -> list[AdapterTensors]:
+    """The tensors of several adapters, found together in one walk through the model; see `adapter_tensors`."""
+    for name in adapters:
+        _check_exists(model, name)
+    layers = list(adapter_layers(adapted_base(model)))
+    return [{slot.key: tensor for slot, tensor in _entries(layers, name)} for name in adapters]
 
 
 @torch.no_grad()

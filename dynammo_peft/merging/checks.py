@@ -11,7 +11,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .adapters import AdaptedModel, adapter_layers, adapter_tensors
+from .adapters import AdaptedModel, adapter_layers, tensors_of_adapters
 from .state import tuner_of
 
 
@@ -135,7 +135,9 @@ def _unordered(value: Any) -> Any:
 
 
 def _check_tensors(model: AdaptedModel, adapters: Sequence[str]) -> None:
-    shapes = [{key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, name).items()} for name in adapters]
+    shapes = [
+        {key: tuple(tensor.shape) for key, tensor in own.items()} for own in tensors_of_adapters(model, adapters)
+    ]
     if not shapes[0]:
         raise ValueError(f"Adapter {adapters[0]!r} has no tensors that could be merged.")
     for name, own in zip(adapters[1:], shapes[1:]):

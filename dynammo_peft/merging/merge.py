@@ -18,6 +18,7 @@ from .adapters import (
     adapter_slots,
     adapter_tensors,
     set_adapter_tensors,
+    tensors_of_adapters,
 )
 from .checks import check_constants, check_mergeable
 from .functions import average_statistics
@@ -140,7 +141,7 @@ def _merged_tensors(
     options: Mapping[str, Any],
 ) -> AdapterTensors:
     mixture = function.check_weights(weights, len(adapters))
-    tensors = [adapter_tensors(model, name) for name in adapters]
+    tensors = tensors_of_adapters(model, adapters)
     return combine(slots, tensors, mixture, function, options, _ratios(scalings))
 
 
