@@ -126,6 +126,19 @@ class AdapterMethod(Method):
         else:
             self.folder.copy_to(self.model, source, target)
 
+    def _find_adapters(self) -> None:
+        """Raises a `ValueError` unless all adapters are in the model or, where that will do, in the folder."""
+        for name in dict.fromkeys([*self.adapters, *self.inference_adapters]):
+            if name in getattr(self.model, "peft_config", {}):
+                continue
+            if self.folder is None:
+                raise ValueError(f"The model has no adapter {name!r}, with which learning would go on.")
+            if name in self.inference_adapters or not self.folder.find(name):
+                raise ValueError(
+                    f"Neither the model nor offload_adapters={str(self.folder.path)!r} has an adapter {name!r}, with "
+                    "which learning would go on."
+                )
+
     @property
     def inference_adapters(self) -> list[str]:
         return list(self.adapters)
@@ -209,9 +222,7 @@ class TwoStageMethod(AdapterMethod):
             ValueError: If the model lacks an adapter, or the state does not fit the method's options.
         """
         self.adapters, self._restored_rows = list(values["adapters"]), list(values["exemplar_rows"])
-        for name in dict.fromkeys([*self.adapters, *self.inference_adapters]):
-            if name not in getattr(self.model, "peft_config", {}) and not (self.folder and self.folder.find(name)):
-                raise ValueError(f"The model has no adapter {name!r}, with which learning would go on.")
+        self._find_adapters()
 
     @staticmethod
     def adapter_name(index: int) -> str:
