@@ -46,8 +46,8 @@ def check_publishing(args: Any, model_args: Any, method_args: Any) -> None:
     folder = getattr(method_args, "offload_adapters", None)
     if args.save_task_adapters and folder is not None:
         raise ValueError(
-            f"save_task_adapters saves adapters that are in the model, and offload_adapters={folder!r} keeps all of them "
-            "in that folder already; leave one of the two out."
+            f"save_task_adapters saves adapters that are in the model, and offload_adapters={folder!r} keeps all of "
+            "them in that folder already; leave one of the two out."
         )
     if not args.push_to_hub:
         return
