@@ -189,7 +189,8 @@ def report(mode: str, found: dict[str, Any]) -> str:
         sizes = (f"{own[f'{name}_bytes'] / 1000:.0f}" for name in ("adapter", "merged", "state"))
         lines.append(
             f"| {task} | {around(exemplars, task):.0f} | {' | '.join(times)} | {own['peak_mebibytes']:.0f} | "
-            f"{own['parameters'] / 1e6:.2f} | {1000 * own['forward_seconds']:.1f} | {own['forward_over_base']:.3f} | {' | '.join(sizes)} |"
+            f"{own['parameters'] / 1e6:.2f} | {1000 * own['forward_seconds']:.1f} | {own['forward_over_base']:.3f} | "
+            f"{' | '.join(sizes)} |"
         )
     return "\n".join(lines)
 

@@ -130,25 +130,44 @@ def test_the_model_grows_by_the_merged_heads_alone(tmp_path):
     assert [after - before for before, after in pairwise(counts[None])] == [heads + adapter] * (TASKS - 1)
 
 
+class Calls:
+    """Counts the functions that are called meanwhile."""
+
+    def __enter__(self):
+        self.count = 0
+        sys.setprofile(self._count)
+        return self
+
+    def __exit__(self, *error):
+        sys.setprofile(None)
+
+    def _count(self, frame, event, argument):
+        self.count += event in ("call", "c_call")
+
+
 def test_learning_a_task_calls_no_more_functions_than_the_second_did(tmp_path):
     tasks, counts = 12, []
 
-    def count(frame, event, argument):
-        counts[-1] += event != "return" and event != "c_return"
-
     class Counting(Dynammo):
         def learn(self, task):
-            counts.append(0)
-            sys.setprofile(count)
-            try:
+            with Calls() as calls:
                 yield from super().learn(task)
-            finally:
-                sys.setprofile(None)
+            counts.append(calls.count)
 
     method = Counting(tiny_model("vit"), arguments(memory_size=0, adapter_epochs=1, offload_adapters=str(tmp_path)))
     fit(method, scenario(tasks, classes_per_task=1))
     # A few loops over the names of all tasks and classes are left.
     assert counts[1] < counts[-1] < 1.05 * counts[1]
+
+
+def test_a_merge_of_adapters_in_the_model_takes_no_more_than_twice_the_calls_for_twice_the_adapters():
+    counts = []
+    for count in (8, 16):
+        model, names = adapted(count)
+        with Calls() as calls:
+            model.add_weighted_adapter(names, adapter_name="merged")
+        counts.append(calls.count)
+    assert counts[1] < 2 * counts[0]
 
 
 def test_a_published_model_takes_its_adapters_from_the_disk(hub, waits, tmp_path):
