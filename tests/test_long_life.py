@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import HfApi
 from peft import get_peft_model
-from safetensors.torch import load_file
 from tiny import tiny_dataset, tiny_images, tiny_model, tiny_processor
 from transformers import AutoModelForImageClassification
 
@@ -160,14 +159,14 @@ def test_learning_a_task_calls_no_more_functions_than_the_second_did(tmp_path):
     assert counts[1] < counts[-1] < 1.05 * counts[1]
 
 
-def test_a_merge_of_adapters_in_the_model_takes_no_more_than_twice_the_calls_for_twice_the_adapters():
+def test_the_calls_of_a_merge_grow_by_as_much_for_each_adapter():
     counts = []
-    for count in (8, 16):
+    for count in (4, 12, 20):
         model, names = adapted(count)
         with Calls() as calls:
             model.add_weighted_adapter(names, adapter_name="merged")
         counts.append(calls.count)
-    assert counts[1] < 2 * counts[0]
+    assert counts[2] - counts[1] == pytest.approx(counts[1] - counts[0], rel=0.02)
 
 
 def test_a_published_model_takes_its_adapters_from_the_disk(hub, waits, tmp_path):
@@ -272,21 +271,19 @@ def test_a_folder_with_adapters_of_other_tasks_is_refused(tmp_path):
 def test_an_adapter_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     method = Dynammo(tiny_model("vit"), arguments(memory_size=0, adapter_epochs=1, offload_adapters=str(tmp_path)))
     fit(method, scenario(1))
-    weights = tmp_path / "task_000" / "adapter_model.safetensors"
-    before = load_file(weights)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     method.folder.configs.clear()
 
     def fail(self, folder, **kwargs):
         (folder / "task_000").mkdir()
-        (folder / "task_000" / weights.name).write_bytes(b"half")
+        (folder / "task_000" / "adapter_model.safetensors").write_bytes(b"half")
         raise OSError("no space")
 
     monkeypatch.setattr(type(method.model), "save_pretrained", fail)
     with pytest.raises(OSError, match="no space"):
         method.folder.keep(method.model, "task_000", method.accelerator)
     assert "task_000" not in method.folder.configs
-    assert [path.name for path in tmp_path.iterdir()] == ["task_000"]
-    assert all(torch.equal(value, before[key]) for key, value in load_file(weights).items())
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def adapted(count, config=DynammoConfig, seed=0, **fields):
@@ -385,13 +382,19 @@ def test_the_drift_map_is_the_same_over_images_as_over_features(images, ridge):
 
 
 def test_the_ridge_chosen_over_images_is_that_chosen_over_features():
-    generator = torch.Generator().manual_seed(0)
-    before = torch.randn(9, 12, generator=generator)
-    after = before + 0.3 * torch.randn(9, 12, generator=generator)
-    labels = torch.arange(9) % 3
-    # With every image several times there are more images than features, but nothing else is known.
-    repeated = (before.repeat(4, 1), after.repeat(4, 1), labels.repeat(4))
-    assert choose_ridge(before, after, labels) == choose_ridge(*repeated)
+    chosen = []
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        before = torch.randn(9, 12, generator=generator) * torch.logspace(-2, 2, 12)
+        noise = torch.randn(9, 12, generator=generator) * torch.logspace(-2, 2, 12)
+        change = torch.eye(12) + 0.2 * torch.randn(12, 12, generator=generator)
+        after = before @ change + 0.02 * seed * noise
+        labels = torch.arange(9) % 3
+        # With every image several times there are more images than features, but nothing else is known.
+        repeated = (before.repeat(4, 1), after.repeat(4, 1), labels.repeat(4))
+        chosen.append(choose_ridge(before, after, labels))
+        assert chosen[-1] == choose_ridge(*repeated)
+    assert len(set(chosen)) > 1
 
 
 def test_statistics_of_many_classes_move_as_each_of_them():
