@@ -65,12 +65,16 @@ def test_processes_agree(tmp_path):
     script = tmp_path / "agree.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    adapters = tmp_path / "adapters"
+    runs = [*RUNS, ("dynammo", {"offload_adapters": str(adapters), "adapter_init": "first"})]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, script, json.dumps(RUNS), str(TESTS)],
+        [*command, script, json.dumps(runs), str(TESTS)],
         capture_output=True,
         text=True,
         env=environment,
         cwd=TESTS.parent,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    # One of them has written, all have read.
+    assert sorted(path.name for path in adapters.iterdir()) == ["task_000", "task_001", "task_002"]

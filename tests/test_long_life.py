@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from huggingface_hub import HfApi
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_dataset, tiny_images, tiny_model, tiny_processor
 from transformers import AutoModelForImageClassification
 
@@ -21,7 +21,7 @@ from dynammo_peft import (
 )
 from dynammo_peft.data import ClassStatistics, choose_ridge, fit_affine_map
 from dynammo_peft.hub import load_adapter, load_method, push_to_hub, save_learning_state
-from dynammo_peft.merging import adapter_tensors, merge_into
+from dynammo_peft.merging import adapter_tensors, merge_adapters, merge_into
 
 
 TASKS = 5
@@ -323,6 +323,18 @@ def test_adapters_merged_one_by_one_are_as_those_merged_at_once(combination_type
         logits.append(model.eval()(pixel_values=images).logits)
     assert logits[0].shape == (2, 4)
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_of_other_peft_methods_are_merged_one_by_one_too():
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model("vit"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "a")
+    for name in "bc":
+        model.add_adapter(name, LoraConfig(target_modules=["q_proj"], lora_alpha=16, init_lora_weights=False))
+    merge_adapters(model, ["a", "b", "c"], adapter_name="at_once")
+    merge_adapters(model, ["a"], adapter_name="merged")
+    merge_into(model, "merged", "b", 1)
+    merge_into(model, "merged", "c", 2)
+    assert_close(adapter_tensors(model, "merged"), adapter_tensors(model, "at_once"))
 
 
 @pytest.mark.parametrize("active", ["merged", "task_001"])
