@@ -41,8 +41,14 @@ def without_hub(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_publishing(args: Any, model_args: Any, method_args: Any) -> None:
-    """Raises a `ValueError` if what the options will learn cannot be published as they say."""
+    """Raises a `ValueError` if what the options will learn cannot be saved or published as they say."""
     check_choice("hub_form", args.hub_form, Form)
+    folder = getattr(method_args, "offload_adapters", None)
+    if args.save_task_adapters and folder is not None:
+        raise ValueError(
+            f"save_task_adapters saves adapters that are in the model, and offload_adapters={folder!r} keeps all of "
+            "them in that folder already; leave one of the two out."
+        )
     if not args.push_to_hub:
         return
     if args.hub_model_id is None:
@@ -103,7 +109,7 @@ def publish(
         evaluation_data=name,
         evaluation_data_id=repository,
         evaluation_split=f"{held_out:g} of {data_args.train_split}" if held_out else data_args.test_split,
-        test_images=results.after_task.count(results.after_task[-1]),
+        test_images=len(results.references),
         image_size=tuple(scenario.image_size),
         cost=cost,
         training_data=name,

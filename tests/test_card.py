@@ -369,6 +369,7 @@ def test_options_tell_no_place_of_a_machine():
         "target_modules": ["encoder.layer.0"],
         "output_dir": "outputs/run",
         "data_dir": "wards/anna",
+        "offload_adapters": "wards/adapters",
         "model_name_or_path": "weights/deit",
         "dataset_name": "shared/wards",
         "groups": [["monocyte"]],
@@ -384,7 +385,7 @@ def test_options_tell_no_place_of_a_machine():
         ["merge_options", '{"density": 0.5}'],
         ["target_modules", '["encoder.layer.0"]'],
     ]
-    assert "those that name files or folders (6) are left out" in card.text
+    assert "those that name files or folders (7) are left out" in card.text
     for part in ("anna", "outputs", "weights", "wards"):
         assert part not in str(card)
 

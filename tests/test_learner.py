@@ -2,8 +2,10 @@
 
 import json
 import math
+import warnings
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -26,6 +28,7 @@ from dynammo_peft import (
     Results,
     Stage,
 )
+from dynammo_peft.evaluation import METRICS
 from dynammo_peft.methods import Optimization
 
 
@@ -177,22 +180,23 @@ def test_batch_norm_meets_no_single_image():
 
 def test_predictions_on_all_classes_seen_after_each_task():
     scenario = coloured_tasks(size=8, groups=[["class 3"], ["class 0", "class 5"], ["class 1"]], classes_per_task=None)
-    expected = []
+    references = [[0] * 4, [0] * 4 + [1] * 4 + [2] * 4, [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4]
+    right = []
     method = Pixels(4)
 
     def predict(task, results):
         seen = [scenario[index].test for index in range(task.index + 1)]
         images = scenario.transform(torch.cat([part.images for part in seen])).flatten(1)
-        expected.append(method.model(images).argmax(dim=1).tolist())
+        expected = method.model(images).argmax(dim=1).tolist()
+        # Those of earlier tasks are not kept.
+        assert results.predictions == expected
+        assert results.references == references[task.index]
+        right.extend(prediction == reference for prediction, reference in zip(expected, references[task.index]))
 
     results = fit(method, scenario, after_task=predict)
-    assert results.predictions == [prediction for task in expected for prediction in task]
-    assert results.references == [0] * 4 + [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
-    assert results.after_task == [0] * 4 + [1] * 12 + [2] * 16
     assert results.groups == scenario.groups
     assert len(results.seconds) == 3
     assert all(second > 0 for second in results.seconds)
-    right = [prediction == reference for prediction, reference in zip(results.predictions, results.references)]
     metrics = results.metrics()
     assert metrics["last_accuracy"] == pytest.approx(sum(right[16:]) / 16)
     average = (sum(right[:4]) / 4 + sum(right[4:16]) / 12 + sum(right[16:]) / 16) / 3
@@ -396,6 +400,77 @@ def test_results_are_written_as_json(tmp_path):
 def test_results_before_the_first_task():
     with pytest.raises(ValueError, match=r"Learner\.fit"):
         Results([["cat"]]).metrics()
+
+
+def random_results(seed):
+    """Groups of tasks, and what is predicted and true after each; a task may have no test images."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 4, rng.integers(1, 7))
+    names = iter(f"class {index}" for index in range(sum(sizes)))
+    groups = [[next(names) for _ in range(size)] for size in sizes]
+    counts = rng.integers(0 if seed % 2 else 1, 5, sum(sizes))
+    counts[0] += 1
+    scored = []
+    for task in range(len(groups)):
+        seen = sum(sizes[: task + 1])
+        references = rng.permutation(np.repeat(np.arange(seen), counts[:seen]))
+        scored.append((rng.integers(0, seen, len(references)).tolist(), references.tolist()))
+    return groups, scored
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_results_are_those_of_the_metrics_in_evaluate(seed):
+    groups, scored = random_results(seed)
+    task_of_class = [index for index, group in enumerate(groups) for _ in group]
+    results, data = Results(groups), {"predictions": [], "references": [], "after_task": []}
+    for task, (predictions, references) in enumerate(scored):
+        results.add(task, predictions, references, 1.0)
+        for name, values in zip(data, (predictions, references, [task] * len(references))):
+            data[name] += values
+        with warnings.catch_warnings():
+            # Of a task without test images there is no best accuracy.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            computed = {k: v for cls in METRICS for k, v in cls().compute(**data, task_of_class=task_of_class).items()}
+            # To the last digit; numbers that are none are the same too.
+            assert json.dumps(results.metrics()) == json.dumps(computed)
+
+
+def test_results_keep_one_scoring_and_the_matrix():
+    results = Results([[f"class {task}"] for task in range(50)])
+    for task in range(50):
+        results.add(task, [0] * (task + 1), list(range(task + 1)), 1.0)
+    assert len(results.predictions) == len(results.references) == 50
+    assert [len(row) for row in results.accuracies] == list(range(1, 51))
+
+
+def test_results_go_on_from_their_state():
+    groups, scored = random_results(4)
+    assert len(groups) > 2
+    whole, first, second = (Results(groups, learned=["old"]) for _ in range(3))
+    for task, scoring in enumerate(scored):
+        whole.add(task, *scoring, task / 2)
+    for task, scoring in enumerate(scored[:2]):
+        first.add(task, *scoring, task / 2)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert second == first
+    for task, scoring in list(enumerate(scored))[2:]:
+        second.add(task, *scoring, task / 2)
+    assert second == whole
+    assert second.metrics() == whole.metrics()
+    # The state is no part of the results that it was taken from.
+    assert len(first.accuracies) == len(first.seconds) == 2
+    for other in (Results(groups), Results([*groups, ["more"]], learned=["old"])):
+        with pytest.raises(ValueError, match="go on with the same tasks"):
+            other.restore(first.state())
+
+
+def test_results_take_tasks_in_their_order():
+    results = Results([["cat"], ["dog"]])
+    with pytest.raises(ValueError, match="task=1 cannot be added now; the next one is 0"):
+        results.add(1, [0], [0], 1.0)
+    results.add(0, [0], [0], 1.0)
+    with pytest.raises(ValueError, match="task=0 cannot be added now; the next one is 1"):
+        results.add(0, [0], [0], 1.0)
 
 
 def test_a_method_is_used_once():

@@ -70,6 +70,24 @@ def test_accuracy_matrix():
     np.testing.assert_allclose(accuracy_matrix(**all_at_once(), task_of_class=TASK_OF_CLASS), MATRIX)
 
 
+def test_accuracy_matrix_of_many_tasks_against_loops():
+    rng = np.random.default_rng(0)
+    task_of_class = [0, 0, 1, 2, 2, 2, 4]
+    predictions, references = rng.integers(0, 7, (2, 400))
+    after_task = rng.integers(0, 6, 400)
+    tasks = np.array(task_of_class)[references]
+    expected = np.full((5, 5), NAN)
+    for i in range(5):
+        # Of tasks not learned yet, no image counts; nor does what came after all tasks.
+        for j in range(i + 1):
+            right = [p == r for p, r, a, t in zip(predictions, references, after_task, tasks) if (a, t) == (i, j)]
+            if right:
+                expected[i, j] = sum(right) / len(right)
+    # Nobody has a class of task 3.
+    assert np.isnan(expected[4, 3])
+    np.testing.assert_array_equal(accuracy_matrix(predictions, references, after_task, task_of_class), expected)
+
+
 def test_functions_of_the_matrix():
     np.testing.assert_allclose(incremental_accuracies(MATRIX, COUNTS), [3 / 4, 5 / 6, 8 / 10])
     assert last_accuracy(MATRIX, COUNTS) == pytest.approx(EXPECTED["last_accuracy"])

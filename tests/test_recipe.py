@@ -184,6 +184,11 @@ def test_an_unknown_option_on_the_command_line_ends_in_one_line(tmp_path):
         ({"report_to": ["clearsky"]}, ["'clearsky'", "installed"]),
         ({"streaming": True}, ["train set", "stream", "cache_dir"]),
         ({"adapter_optimizer": "lion"}, ["optimizer='lion'", "adamw"]),
+        (
+            {"offload_adapters": "adapters", "save_task_adapters": True},
+            ["save_task_adapters", "='adapters' keeps all"],
+        ),
+        ({"offload_adapters": "adapters", "merge": "fisher"}, ["merge='fisher'", "'linear', 'uniform'"]),
     ],
 )
 def test_bad_input_stops_before_anything_is_written(tmp_path, options, expected):
@@ -212,6 +217,12 @@ def test_a_full_output_folder_is_refused_unless_told_otherwise(tmp_path):
     with pytest.raises(ValueError, match="overwrite_output_dir"):
         run([str(path)])
     assert (tmp_path / "out" / "precious.txt").read_text() == "keep"
+
+
+def test_adapters_of_old_tasks_go_to_the_folder(tmp_path):
+    method, _ = run([str(small_run(tmp_path)), "--offload_adapters", str(tmp_path / "adapters")])
+    assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == ["task_000", "task_001"]
+    assert set(method.model.peft_config) == {"merged", "task_001"}
 
 
 def test_class_names_may_hold_any_character(tmp_path):

@@ -93,6 +93,7 @@ RUNS = {
     "distillation": {"feature_distillation": 1.0},
     "backbone": {"train_backbone": True, "model": "resnet_basic"},
     "first session": {"first_session": True},
+    "offloaded": {"offload_adapters": "adapters"},
     "lora": {"config": DynammoLoraConfig},
     "acl": {"name": "acl"},
     "joint": {"name": "joint"},
@@ -101,7 +102,8 @@ RUNS = {
 
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_a_resumed_run_ends_as_an_uninterrupted_one(options, tmp_path, monkeypatch):
-    scenario = tasks(groups=[["class 0", "class 1"], ["class 3", "class 5"]], classes_per_task=None)
+    monkeypatch.chdir(tmp_path)
+    scenario = tasks(groups=[["class 0", "class 1"], ["class 3"], ["class 5"]], classes_per_task=None)
     whole = new_method(**options)
     expected = outcome(whole, learn(whole, tmp_path / "whole", scenario))
     # An epoch has five steps, a checkpoint is written every three: in mid-epoch, and once only before the first.

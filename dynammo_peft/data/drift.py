@@ -55,7 +55,7 @@ def fit_affine_map(before: Tensor, after: Tensor, ridge: float = 1.0) -> AffineM
         raise ValueError(f"ridge={ridge} must not be negative.")
     before, after = before.double().cpu(), after.double().cpu()
     fit = _Regression(before, after, _variances(before))
-    weight = torch.linalg.solve(fit.system(ridge), fit.change)
+    weight = fit.to_features(torch.linalg.solve(fit.system(ridge), fit.change))
     weight.diagonal().add_(1)
     errors = fit.after - fit.mean_after - fit.centred @ weight
     return AffineMap(weight, fit.mean_after - fit.mean_before @ weight, errors.T @ errors / len(errors))
@@ -97,26 +97,42 @@ def choose_ridge(
         moved, found = moved - fit.mean_before, found - fit.mean_after
         for index, ridge in enumerate(candidates):
             root = torch.linalg.cholesky(fit.system(ridge))
-            predicted = moved + torch.cholesky_solve(moved.T, root).T @ fit.change
+            predicted = moved + torch.cholesky_solve(fit.from_features(moved).T, root).T @ fit.change
             # In units of each feature's own spread.
             errors[index] += ((found - predicted).square() / variances).sum()
     return candidates[int(errors.argmin())]
 
 
 class _Regression:
-    """The normal equations of the change from `before` to `after`, both `(N, C)`; `variances` scale the ridge."""
+    """The normal equations of the change from `before` to `after`, both `(N, C)`; `variances` scale the ridge.
+
+    With fewer images than features they are those of the images' weights, `(N, N)`, which give the same map
+    (Saunders et al. 1998, "Ridge Regression Learning Algorithm in Dual Variables").
+    """
 
     def __init__(self, before: Tensor, after: Tensor, variances: Tensor) -> None:
         self.after, self.mean_before, self.mean_after = after, before.mean(dim=0), after.mean(dim=0)
         self.centred = before - self.mean_before
-        self.gram = self.centred.T @ self.centred
-        self.change = self.centred.T @ (after - self.mean_after - self.centred)
-        self.squares = len(before) * variances
+        self.scales = (len(before) * variances).sqrt()
+        self.scaled = self.centred / self.scales
+        self.dual = len(before) < before.shape[1]
+        self.gram = self.scaled @ self.scaled.T if self.dual else self.scaled.T @ self.scaled
+        change = after - self.mean_after - self.centred
+        self.change = change if self.dual else self.scaled.T @ change
 
     def system(self, ridge: float) -> Tensor:
-        """The matrix whose inverse times `change` is the map less the identity, `(C, C)`."""
+        """The matrix whose inverse times `change` is the map less the identity but for scales."""
         # Without a pull, features that never vary or depend on others would leave no unique solution.
-        return self.gram + torch.diag((ridge + 1e-12) * self.squares)
+        return self.gram + torch.diag(torch.full_like(self.gram[0], ridge + 1e-12))
+
+    def from_features(self, features: Tensor) -> Tensor:
+        """Centred features `(M, C)` in the variables of the system."""
+        scaled = features / self.scales
+        return scaled @ self.scaled.T if self.dual else scaled
+
+    def to_features(self, solution: Tensor) -> Tensor:
+        """What the inverse of the system times `change` says of the features: the map less the identity, `(C, C)`."""
+        return (self.scaled.T @ solution if self.dual else solution) / self.scales[:, None]
 
 
 def _variances(features: Tensor) -> Tensor:

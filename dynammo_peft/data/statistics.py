@@ -168,8 +168,8 @@ class ClassStatistics:
 
     def move(self, affine_map: AffineMap) -> None:
         """Moves all classes into another feature space; what the map leaves unexplained widens the covariances."""
-        for label, mean in self.means.items():
-            self.means[label] = affine_map(mean[None])[0]
+        if self.means:
+            self.means = dict(zip(self.means, affine_map(torch.stack(list(self.means.values()))).unbind()))
         for key, scatter in self._scatters.items():
             scatter.move(affine_map, sum(self.counts.values()) if key == SHARED else self.counts[key])
 

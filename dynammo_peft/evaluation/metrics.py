@@ -31,13 +31,13 @@ def accuracy_matrix(
     predictions, references, after_task = map(np.asarray, (predictions, references, after_task))
     tasks = np.asarray(task_of_class)[references]
     count = int(max(task_of_class)) + 1
-    matrix = np.full((count, count), np.nan)
-    for i in range(count):
-        for j in range(i + 1):
-            chosen = (after_task == i) & (tasks == j)
-            if chosen.any():
-                matrix[i, j] = np.mean(predictions[chosen] == references[chosen])
-    return matrix
+    learned = (tasks <= after_task) & (after_task < count)
+    cells = after_task * count + tasks
+    images, hits = (
+        np.bincount(cells[chosen], minlength=count * count).reshape(count, count)
+        for chosen in (learned, learned & (predictions == references))
+    )
+    return np.divide(hits, images, out=np.full((count, count), np.nan), where=images > 0)
 
 
 def incremental_accuracies(matrix: ArrayLike, counts: ArrayLike) -> NDArray[np.float64]:
@@ -84,7 +84,9 @@ def backward_transfer(matrix: ArrayLike) -> float:
 def mean_class_recall(predictions: ArrayLike, references: ArrayLike) -> float:
     """Mean over the classes in `references` of the share of their images that are recognised."""
     predictions, references = np.asarray(predictions), np.asarray(references)
-    return float(np.mean([np.mean(predictions[references == label] == label) for label in np.unique(references)]))
+    images = np.bincount(references)
+    hits = np.bincount(references[predictions == references], minlength=len(images))
+    return float(np.mean(hits[images > 0] / images[images > 0]))
 
 
 class ClassIncrementalMetric(evaluate.Metric):
@@ -124,56 +126,71 @@ class ClassIncrementalMetric(evaluate.Metric):
         last = np.asarray(after_task) == np.max(after_task)
         tasks = np.asarray(task_of_class)[np.asarray(references)[last]]
         learned = int(np.max(after_task)) + 1
-        return self._measure(
+        return self.measure(
             matrix[:learned, :learned],
             np.bincount(tasks, minlength=learned),
             np.asarray(predictions)[last],
             np.asarray(references)[last],
         )
 
-    def _measure(self, matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+    @staticmethod
+    def measure(matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+        """The measure by its name.
+
+        Args:
+            matrix (`NDArray`): The accuracy matrix of the tasks learned so far, `(T, T)`.
+            counts (`NDArray`): Test images of each task, `(T,)`.
+            predictions (`NDArray`): Predicted classes after the last task, `(N,)`.
+            references (`NDArray`): True classes, `(N,)`.
+        """
         raise NotImplementedError
 
 
 class AccuracyMatrix(ClassIncrementalMetric):
     """Accuracy after task i on the test images of task j."""
 
-    def _measure(self, matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+    @staticmethod
+    def measure(matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
         return {"accuracy_matrix": [[float(value) for value in row[: i + 1]] for i, row in enumerate(matrix)]}
 
 
 class LastAccuracy(ClassIncrementalMetric):
     """Accuracy on all classes after the last task."""
 
-    def _measure(self, matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+    @staticmethod
+    def measure(matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
         return {"last_accuracy": last_accuracy(matrix, counts)}
 
 
 class AverageIncrementalAccuracy(ClassIncrementalMetric):
     """Mean over tasks of the accuracy on all classes seen."""
 
-    def _measure(self, matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+    @staticmethod
+    def measure(matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
         return {"average_incremental_accuracy": average_incremental_accuracy(matrix, counts)}
 
 
 class Forgetting(ClassIncrementalMetric):
     """How much accuracy the tasks before the last have lost since their best."""
 
-    def _measure(self, matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+    @staticmethod
+    def measure(matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
         return {"forgetting": forgetting(matrix)}
 
 
 class BackwardTransfer(ClassIncrementalMetric):
     """How much accuracy the tasks before the last have gained since they were learned."""
 
-    def _measure(self, matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+    @staticmethod
+    def measure(matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
         return {"backward_transfer": backward_transfer(matrix)}
 
 
 class MeanClassRecall(ClassIncrementalMetric):
     """Mean recall of all classes after the last task."""
 
-    def _measure(self, matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
+    @staticmethod
+    def measure(matrix: NDArray, counts: NDArray, predictions: NDArray, references: NDArray) -> dict[str, Any]:
         return {"mean_class_recall": mean_class_recall(predictions, references)}
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from peft import PeftModel
 from peft.utils.save_and_load import get_base_model_state_dict
 from transformers import PreTrainedModel
+
+from ..folders import replaced_folder
 
 
 BACKBONE = "backbone"
@@ -74,29 +74,3 @@ def save_model(
         if image_processor is not None:
             for folder in (partial, *(partial / name for name in adapters)):
                 image_processor.save_pretrained(folder)
-
-
-@contextmanager
-def replaced_folder(directory: Union[str, os.PathLike]) -> Iterator[Path]:
-    """Gives an empty folder beside `directory` to write into, which takes its place once all is written.
-
-    After an error `directory` is as it was, and what was written is gone.
-
-    Args:
-        directory (`Union[str, os.PathLike]`): The folder to replace; it need not exist.
-    """
-    target = Path(directory).resolve()
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -48,10 +48,12 @@ def save_learning_state(
     if not method.adapters:
         raise ValueError("No task was learned yet, so there is no state to save.")
     values, tensors = method.state()
+    # A place on this machine: adapters that are there are published as those in the model.
+    arguments = {name: value for name, value in asdict(method.arguments).items() if name != "offload_adapters"}
     content = {
         "format_version": FORMAT_VERSION,
         "method": method.name,
-        "arguments": asdict(method.arguments),
+        "arguments": arguments,
         "classes": method.groups,
         **values,
     }

@@ -13,13 +13,14 @@ from typing import Any, Optional, Union
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from ..folders import replaced_folder
 from ..methods.adapters import TwoStageMethod
+from ..methods.offload import AdapterFolder
 from ..tuner.head_config import HeadConfig, check_choice
 from .allowlist import ADAPTER_WEIGHTS, SUPERSEDED, publishable_files
 from .card import write_model_card
 from .card_facts import CardFacts, Form
 from .commit import check_can_push, commit_files, hub_api, hub_errors
-from .export import replaced_folder
 from .learning import save_learning_state
 from .published_base import base_repository, published_base
 from .standalone import to_standalone
@@ -83,7 +84,7 @@ def save_pretrained(
         ```
     """
     task_adapters = _with_learning_state(model, form, task_adapters, learning_state_of, include_exemplars)
-    config = _check_adapters(model, form, adapter_name, task_adapters)
+    config = _check_adapters(model, form, adapter_name, task_adapters, learning_state_of)
     facts = _complete(facts, form, config, learning_state_of, include_exemplars)
     if form == "adapter":
         base_model, base_model_revision = published_base(model, base_model, base_model_revision, token)
@@ -94,7 +95,8 @@ def save_pretrained(
     with replaced_folder(directory) as folder:
         if form == "adapter":
             for name, place in {adapter_name: folder, **{name: folder / name for name in task_adapters}}.items():
-                _write_adapter(model, name, place, base_model, base_model_revision)
+                stored = None if name in model.peft_config else learning_state_of.folder
+                _write_adapter(model, name, place, base_model, base_model_revision, stored)
         else:
             plain = to_standalone(model, adapter_name) if form == "standalone" else to_stock(model, adapter_name)
             plain.save_pretrained(folder)
@@ -163,7 +165,7 @@ def push_to_hub(
         ```
     """
     task_adapters = _with_learning_state(model, form, task_adapters, learning_state_of, include_exemplars)
-    config = _check_adapters(model, form, adapter_name, task_adapters)
+    config = _check_adapters(model, form, adapter_name, task_adapters, learning_state_of)
     repo_id = check_can_push(repo_id, token, private)
     if repo_id == (base_model or base_repository(model)):
         raise ValueError(f"repo_id={repo_id!r} holds the base model, which must not be replaced; choose another.")
@@ -191,9 +193,17 @@ def push_to_hub(
             return commit_files(hub_api(token), repo_id, files, SUPERSEDED, message, private, revision)
 
 
-def _check_adapters(model: PeftModel, form: Form, adapter_name: str, task_adapters: Sequence[str]) -> HeadConfig:
+def _check_adapters(
+    model: PeftModel,
+    form: Form,
+    adapter_name: str,
+    task_adapters: Sequence[str],
+    method: Optional[TwoStageMethod],
+) -> HeadConfig:
     check_choice("form", form, Form)
-    configs = getattr(model, "peft_config", {})
+    configs = dict(getattr(model, "peft_config", {}))
+    if method is not None:
+        configs |= {name: method.config_of(name) for name in method.adapters}
     for name in (adapter_name, *task_adapters):
         if not getattr(configs.get(name), "classes", None):
             known = ", ".join(repr(known) for known, config in configs.items() if getattr(config, "classes", None))
@@ -252,13 +262,21 @@ def _complete(
     )
 
 
-def _write_adapter(model: PeftModel, name: str, folder: Path, base_model: str, revision: str) -> None:
-    """As `PeftModel.save_pretrained` does, with the base model's repository and commit, and nothing else beside."""
+def _write_adapter(
+    model: PeftModel, name: str, folder: Path, base_model: str, revision: str, stored: Optional[AdapterFolder]
+) -> None:
+    """As `PeftModel.save_pretrained` does, with the base model's repository and commit, and nothing else beside.
+
+    An adapter that is not in the model is in `stored`.
+    """
     folder.mkdir(exist_ok=True)
-    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if stored is None:
+        tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    else:
+        tensors = stored.tensors(name)
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = copy.deepcopy(model.peft_config[name])
+    config = copy.deepcopy(model.peft_config[name] if stored is None else stored.configs[name])
     config.base_model_name_or_path, config.revision, config.inference_mode = base_model, revision, True
     base = type(model.get_base_model())
     auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}

@@ -18,7 +18,7 @@ from .functions import (
     uniform,
 )
 from .learned import learn_merge_weights
-from .merge import combine, merge_adapters
+from .merge import combine, merge_adapters, merge_into
 from .objectives import gaussian_likelihood
 from .pruning import dare_linear, dare_ties, magnitude_prune, ties
 from .registry import COMBINATIONS, MergeFunction, check_weights, merge_function
@@ -66,6 +66,7 @@ __all__ = [
     "merge_adapters",
     "merge_backbones",
     "merge_function",
+    "merge_into",
     "regmean",
     "running_mean",
     "set_adapter_tensors",

@@ -5,7 +5,7 @@ Names leave the adapter's own name out, so that the tensors of different adapter
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Union
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 AdaptedModel = Union[PeftModel, BaseTuner]
 AdapterTensors = dict[str, Tensor]
 Kind = Literal["parameter", "factor_a", "factor_b", "scaled", "statistic", "constant"]
+
+CONTAINERS = (nn.ModuleDict, nn.ParameterDict)
 
 # Of LoRA's two factors the product is the adapter: each takes the root of a merge weight, as PEFT has it.
 FACTORS: dict[str, Kind] = {
@@ -76,33 +78,63 @@ def adapter_slots(model: AdaptedModel, adapter: str) -> dict[str, Slot]:
     Raises:
         ValueError: If the adapter does not exist.
     """
+    _check_exists(model, adapter)
+    return {slot.key: slot for slot, _ in _entries(adapter_layers(adapted_base(model)), adapter)}
+
+
+def _check_exists(model: AdaptedModel, adapter: str) -> None:
     if adapter not in model.peft_config:
         raise ValueError(f"Adapter {adapter!r} does not exist; there are {', '.join(model.peft_config)}.")
-    return {slot.key: slot for slot in _slots(adapted_base(model), adapter)}
 
 
-def _slots(base: nn.Module, adapter: str) -> Iterator[Slot]:
-    for layer_name, layer in base.named_modules():
-        if not isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or getattr(layer, "is_head", False):
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that hold adapters, `modules_to_save` among them, by name.
+
+    What is inside the adapters of tuner layers is passed over, so that the search takes no longer for many adapters.
+
+    Args:
+        model (`nn.Module`): A model with adapters.
+    """
+    yield from _adapter_layers(model, "", set())
+
+
+def _adapter_layers(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    if module in seen:
+        return
+    seen.add(module)
+    holds = isinstance(module, BaseTunerLayer)
+    if holds or isinstance(module, AuxiliaryTrainingWrapper):
+        yield name, module
+    for child_name, child in module.named_children():
+        if not (holds and child_name in module.adapter_layer_names and isinstance(child, CONTAINERS)):
+            yield from _adapter_layers(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
+def _entries(layers: Iterable[tuple[str, nn.Module]], adapter: str) -> Iterator[tuple[Slot, Tensor]]:
+    """The places of an adapter's tensors, and the tensors."""
+    for layer_name, layer in layers:
+        if getattr(layer, "is_head", False):
             continue
         for container_name in layer.adapter_layer_names:
             container = getattr(layer, container_name, None)
-            if not isinstance(container, (nn.ModuleDict, nn.ParameterDict)) or adapter not in container:
+            if not isinstance(container, CONTAINERS) or adapter not in container:
                 continue
             kind = FACTORS.get(container_name, "parameter")
             if isinstance(container, nn.ParameterDict):
-                yield Slot(layer_name, container_name, "", 0, kind)
+                yield Slot(layer_name, container_name, "", 0, kind), container[adapter]
                 continue
             buffers = dict(container[adapter].named_buffers())
             for tensor_name in container[adapter].state_dict():
-                owner = container[adapter].get_submodule(tensor_name.rpartition(".")[0])
+                path, _, own_name = tensor_name.rpartition(".")
+                owner = container[adapter].get_submodule(path)
                 transposed = isinstance(owner, nn.modules.conv._ConvTransposeNd) and tensor_name.endswith("weight")
                 own_kind = kind
                 if tensor_name in buffers:
                     own_kind = _buffer_kind(owner, buffers[tensor_name])
                 elif kind != "parameter" and tensor_name == "bias":
                     own_kind = "scaled"
-                yield Slot(layer_name, container_name, tensor_name, int(transposed), own_kind)
+                slot = Slot(layer_name, container_name, tensor_name, int(transposed), own_kind)
+                yield slot, getattr(owner, own_name)
 
 
 def _buffer_kind(owner: nn.Module, buffer: Tensor) -> Kind:
@@ -121,9 +153,15 @@ def adapter_tensors(model: AdaptedModel, adapter: str) -> AdapterTensors:
     Raises:
         ValueError: If the adapter does not exist.
     """
-    base = adapted_base(model)
-    state = {**dict(base.named_parameters(remove_duplicate=False)), **dict(base.named_buffers(remove_duplicate=False))}
-    return {key: state[slot.name(adapter)] for key, slot in adapter_slots(model, adapter).items()}
+    return tensors_of_adapters(model, [adapter])[0]
+
+
+def tensors_of_adapters(model: AdaptedModel, adapters: Sequence[str]) -> list[AdapterTensors]:
+    """The tensors of several adapters, found together in one walk through the model; see `adapter_tensors`."""
+    for name in adapters:
+        _check_exists(model, name)
+    layers = list(adapter_layers(adapted_base(model)))
+    return [{slot.key: tensor for slot, tensor in _entries(layers, name)} for name in adapters]
 
 
 @torch.no_grad()

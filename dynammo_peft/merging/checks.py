@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .adapters import AdaptedModel, adapter_tensors
-from .state import adapter_layers, tuner_of
+from .adapters import AdaptedModel, adapter_layers, tensors_of_adapters
+from .state import tuner_of
 
 
 # What may differ between adapters, as it does not change what their tensors mean, or is taken account of (scalings).
@@ -43,20 +43,22 @@ TARGET_FIELDS = {
 BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: str) -> None:
+def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: Optional[str] = None) -> None:
     """Raises a `ValueError` unless the adapters exist, are built alike and can be merged into `adapter_name`.
 
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
         adapters (`Sequence[str]`): Names of the adapters to merge.
-        adapter_name (`str`): Name of the adapter to be made.
+        adapter_name (`Optional[str]`): Name of the adapter to be made; `None` if none is.
     """
     if not adapters:
         raise ValueError("No adapters to merge; name at least one.")
     if adapter_name in adapters:
         raise ValueError(f"Adapter {adapter_name!r} cannot be merged into itself; choose another adapter_name.")
     # PEFT keeps adapters in these modules by their names.
-    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+    if adapter_name is not None and (
+        not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name)
+    ):
         raise ValueError(
             f"Adapter name {adapter_name!r} must not be empty, hold a dot or be the name of an attribute of "
             "torch.nn.ParameterDict; choose another."
@@ -64,7 +66,7 @@ def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: 
     for name in adapters:
         if name not in model.peft_config:
             raise ValueError(f"Adapter {name!r} does not exist; there are {', '.join(model.peft_config)}.")
-    folded = {name for layer in adapter_layers(model) for name in layer.merged_adapters}
+    folded = {name for _, layer in adapter_layers(model) for name in layer.merged_adapters}
     if folded:
         raise ValueError(
             f"Adapters {', '.join(sorted(folded))} are merged into the base weights; call `unmerge_adapter` first."
@@ -80,7 +82,7 @@ def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: 
 
 def check_constants(model: AdaptedModel, adapters: Sequence[str]) -> None:
     """Raises a `ValueError` if layers keep other constants for the adapters, as the places of sparse weights."""
-    for layer in adapter_layers(model):
+    for _, layer in adapter_layers(model):
         if not isinstance(layer, BaseTunerLayer):
             continue
         for attribute in layer.other_param_names:
@@ -133,7 +135,9 @@ def _unordered(value: Any) -> Any:
 
 
 def _check_tensors(model: AdaptedModel, adapters: Sequence[str]) -> None:
-    shapes = [{key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, name).items()} for name in adapters]
+    shapes = [
+        {key: tuple(tensor.shape) for key, tensor in own.items()} for own in tensors_of_adapters(model, adapters)
+    ]
     if not shapes[0]:
         raise ValueError(f"Adapter {adapters[0]!r} has no tensors that could be merged.")
     for name, own in zip(adapters[1:], shapes[1:]):

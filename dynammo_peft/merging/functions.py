@@ -39,7 +39,7 @@ def average_statistics(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
     return linear_tensor(tensors, weights.abs() / weights.abs().sum())
 
 
-@merge_function()
+@merge_function(running=lambda count: {"weights": [count / (count + 1), 1 / (count + 1)]})
 def linear(adapters: Sequence[AdapterTensors], weights: Tensor) -> AdapterTensors:
     """The weighted sum of parameters: `sum_i w_i * theta_i`, differentiable in `weights`.
 
@@ -57,7 +57,9 @@ def _equal(weights: Tensor) -> Tensor:
     return torch.full_like(weights, 1 / len(weights))
 
 
-@merge_function(averages=True, proportions=_equal)
+@merge_function(
+    averages=True, proportions=_equal, running=lambda count: {"combination_type": "running_mean", "count": count}
+)
 def uniform(adapters: Sequence[AdapterTensors], weights: Tensor) -> AdapterTensors:
     """The mean of the adapters' parameters (Wortsman et al. 2022, https://arxiv.org/abs/2203.05482, "uniform soup").
 
@@ -105,7 +107,7 @@ def _fading(weights: Tensor, *, decay: float) -> Tensor:
     return torch.cat([kept[:1], (1 - decay) * kept[1:]])
 
 
-@merge_function(averages=True, proportions=_fading)
+@merge_function(averages=True, proportions=_fading, running=lambda count: {})
 def exponential_moving_average(adapters: Sequence[AdapterTensors], weights: Tensor, *, decay: float) -> AdapterTensors:
     """The adapters folded in their order: `merged = decay * merged + (1 - decay) * theta_i`, from the first on.
 

@@ -14,14 +14,16 @@ from .adapters import (
     AdapterTensors,
     Slot,
     adapted_base,
+    adapter_layers,
     adapter_slots,
     adapter_tensors,
     set_adapter_tensors,
+    tensors_of_adapters,
 )
 from .checks import check_constants, check_mergeable
 from .functions import average_statistics
-from .registry import MergeFunction, find_combination
-from .state import adapter_layers, adapter_replaced, tuner_of
+from .registry import MergeFunction, check_runs, find_combination
+from .state import adapter_replaced, tuner_of
 
 
 # Kinds of tensors that the layer multiplies by the adapter's scaling.
@@ -73,12 +75,9 @@ def merge_adapters(
     function.check_options(options)
     adapters = list(adapters)
     check_mergeable(model, adapters, adapter_name)
-    mixture = function.check_weights(weights, len(adapters))
     slots = adapter_slots(model, adapters[0])
     scalings = _scalings(model, slots, adapters)
-    with torch.no_grad():
-        tensors = [adapter_tensors(model, name) for name in adapters]
-        merged = combine(slots, tensors, mixture, function, options, _ratios(scalings, adapters))
+    merged = _merged_tensors(model, slots, scalings, adapters, weights, function, options)
     with adapter_replaced(model, adapter_name, active_instead=adapters[0]):
         _create_adapter(model, adapters, adapter_name)
         check_constants(model, [adapters[0], adapter_name])
@@ -86,6 +85,64 @@ def merge_adapters(
         for key, (scaling,) in own.items():
             merged[key] = merged[key] * _share(slots[key], torch.tensor(scalings[key][0] / scaling)).item()
         set_adapter_tensors(model, adapter_name, merged)
+
+
+def merge_into(
+    model: AdaptedModel,
+    merged: str,
+    adapter: str,
+    count: int,
+    combination_type: str = "linear",
+    **options: Any,
+) -> None:
+    """
+    Takes one more adapter into a merged one, which becomes what a merge of all adapters at once would be.
+
+    Of the adapters merged before none is needed any more. Time and memory do not depend on how many there were. The
+    merged adapter is changed in place: it stays active, if it was, and what is trained stays so.
+
+    Args:
+        model (`Union[PeftModel, BaseTuner]`): A model with adapters.
+        merged (`str`): Name of the adapter merged so far, by the same function, with equal weights.
+        adapter (`str`): Name of the adapter to take in; left as it is.
+        count (`int`): How many adapters `merged` was made of.
+        combination_type (`str`): `"linear"` (their mean), `"uniform"` or `"exponential_moving_average"`.
+        options: Keyword-only arguments of that function, as `decay`.
+
+    Raises:
+        ValueError: If the function needs all adapters at once, an adapter does not exist or is built differently, or
+            a class belongs to both.
+    """
+    function = check_runs(combination_type)
+    function.check_options(options)
+    if count < 1:
+        raise ValueError(f"count={count} must be at least 1: the number of adapters that {merged!r} was made of.")
+    check_mergeable(model, [merged, adapter])
+    arguments = function.running(count)
+    function = find_combination(arguments.pop("combination_type", combination_type))
+    weights = arguments.pop("weights", None)
+    slots = adapter_slots(model, merged)
+    scalings = _scalings(model, slots, [merged, adapter])
+    tensors = _merged_tensors(model, slots, scalings, [merged, adapter], weights, function, {**options, **arguments})
+    tuner = tuner_of(model)
+    if hasattr(tuner, "append_heads"):
+        tuner.append_heads(merged, adapter)
+    set_adapter_tensors(model, merged, tensors)
+
+
+@torch.no_grad()
+def _merged_tensors(
+    model: AdaptedModel,
+    slots: Mapping[str, Slot],
+    scalings: Mapping[str, list[float]],
+    adapters: Sequence[str],
+    weights: Optional[Sequence[float]],
+    function: MergeFunction,
+    options: Mapping[str, Any],
+) -> AdapterTensors:
+    mixture = function.check_weights(weights, len(adapters))
+    tensors = tensors_of_adapters(model, adapters)
+    return combine(slots, tensors, mixture, function, options, _ratios(scalings))
 
 
 def combine(
@@ -191,7 +248,7 @@ def _scalings(model: AdaptedModel, slots: Mapping[str, Slot], adapters: Sequence
     return scalings
 
 
-def _ratios(scalings: Mapping[str, list[float]], adapters: Sequence[str]) -> dict[str, Tensor]:
+def _ratios(scalings: Mapping[str, list[float]]) -> dict[str, Tensor]:
     """Scalings over those of the first adapter."""
     return {key: torch.tensor(values, dtype=torch.float64) / values[0] for key, values in scalings.items()}
 
@@ -211,7 +268,7 @@ def _create_adapter(model: AdaptedModel, adapters: list[str], adapter_name: str)
         tensor.dtype in (torch.float16, torch.bfloat16) for tensor in adapter_tensors(model, adapters[0]).values()
     )
     tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not half)
-    for layer in adapter_layers(model):
+    for _, layer in adapter_layers(model):
         for name in (*layer.adapter_layer_names, *layer.other_param_names):
             container = getattr(layer, name, None)
             if isinstance(container, torch.nn.ModuleDict) and adapter_name in container:

@@ -34,6 +34,9 @@ class MergeFunction:
         proportions (`Optional[Callable]`):
             `(weights, **options) -> weights`, for a function that has proportions of its own in the place of weights.
         per_adapter (`Optional[str]`): Name of an option that holds tensors measured on each adapter.
+        running (`Optional[Callable]`):
+            For a function that can take adapters in one by one: of the number of adapters merged so far, the arguments
+            of [`merge_adapters`] that merge the result so far and one more adapter into the result of all.
     """
 
     name: str
@@ -42,6 +45,7 @@ class MergeFunction:
     default_weight: Optional[float] = None
     proportions: Optional[Callable[..., Tensor]] = None
     per_adapter: Optional[str] = None
+    running: Optional[Callable[[int], dict[str, Any]]] = None
 
     def __call__(self, adapters: Sequence[AdapterTensors], weights: Tensor, **options: Any) -> AdapterTensors:
         return self.function(adapters, weights, **options)
@@ -98,6 +102,21 @@ def find_combination(combination_type: str) -> MergeFunction:
             f"{', '.join(map(repr, COMBINATIONS))}."
         )
     return COMBINATIONS[combination_type]
+
+
+def check_runs(combination_type: str) -> MergeFunction:
+    """The merge function of a name, if it can take adapters in one by one.
+
+    Raises:
+        ValueError: If there is none, or it needs all adapters at once.
+    """
+    function = COMBINATIONS.get(combination_type)
+    if function is None or function.running is None:
+        able = ", ".join(repr(name) for name, known in COMBINATIONS.items() if known.running is not None)
+        raise ValueError(
+            f"combination_type={combination_type!r} needs all adapters at once; {able} take them in one by one."
+        )
+    return function
 
 
 def check_weights(weights: Sequence[float], count: int, allow_negative: bool = False) -> Tensor:

@@ -7,22 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 
-from .adapters import AdaptedModel
+from .adapters import AdaptedModel, adapter_layers
 
 
 def tuner_of(model: AdaptedModel) -> BaseTuner:
     """The tuner inside a model with adapters."""
     return model if isinstance(model, BaseTuner) else model.base_model
-
-
-def adapter_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers that hold adapters, `modules_to_save` among them."""
-    for module in model.modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            yield module
 
 
 @contextmanager
@@ -53,7 +44,7 @@ def adapter_used(model: AdaptedModel, adapter: str) -> Iterator[None]:
         ValueError: If adapters are merged into the base weights.
     """
     tuner = tuner_of(model)
-    layers = [layer for layer in adapter_layers(model) if isinstance(layer, BaseTunerLayer)]
+    layers = [layer for _, layer in adapter_layers(model) if isinstance(layer, BaseTunerLayer)]
     if any(layer.merged for layer in layers):
         raise ValueError("Adapters are merged into the base weights; call `unmerge_adapter` first.")
     disabled = any(layer.disable_adapters for layer in layers)
@@ -103,7 +94,7 @@ def _remove(tuner: BaseTuner, adapter: str, active_instead: str) -> None:
 def _entries(tuner: BaseTuner, adapter: str) -> list[tuple[Any, Any]]:
     """What tuner and layers hold of an adapter: containers (modules, dictionaries, sets) and the entries in them."""
     entries = []
-    for module in (tuner, *adapter_layers(tuner)):
+    for module in (tuner, *(layer for _, layer in adapter_layers(tuner))):
         own = [value for name, value in vars(module).items() if name not in ("_modules", "_parameters", "_buffers")]
         for container in (*own, *module.children()):
             if isinstance(container, set) and adapter in container:

@@ -18,6 +18,7 @@ from ..tuner import DynammoConfig, HeadConfig
 from ..tuner.head_config import check_choice
 from ..tuner.heads import grouped_logits, head_targets, heads_loss
 from .base import Method, MethodArguments, Optimization, Optimizer, Schedule, Stage
+from .offload import AdapterFolder
 
 
 AdapterInit = Literal["previous", "first", "random"]
@@ -88,6 +89,8 @@ class AdapterMethod(Method):
         if self.config.feature_modules is None and not self.reads_layers:
             self.config = replace(self.config, feature_modules=[])
         self.adapters: list[str] = []
+        # Where adapters are that are not in the model.
+        self.folder: Optional[AdapterFolder] = None
         check_choice("adapter_init", self.arguments.adapter_init, AdapterInit)
         self.optimization = {stage: self.arguments.optimization(stage) for stage in ("adapter", "head")}
 
@@ -112,8 +115,7 @@ class AdapterMethod(Method):
         else:
             self.model = get_peft_model(self.model, config, name)
         if self.adapters and self.arguments.adapter_init != "random":
-            source = self.adapters[-1 if self.arguments.adapter_init == "previous" else 0]
-            self.model.copy_adapter(source, name)
+            self.copy_adapter(self.adapters[-1 if self.arguments.adapter_init == "previous" else 0], name)
         self.adapters.append(name)
         self.model.set_adapter(name)
 
@@ -127,28 +129,52 @@ class AdapterMethod(Method):
         scenario: Optional[ClassIncrementalScenario] = None,
     ) -> None:
         self.adapters = list(values["adapters"])
-        for name in dict.fromkeys([*self.adapters, *self.inference_adapters]) if self.adapters else ():
-            if name not in getattr(self.model, "peft_config", {}):
+        if self.adapters:
+            self._find_adapters()
+
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Copies the convolutions of an adapter to one in the model; heads are not copied."""
+        if source in self.model.peft_config:
+            self.model.copy_adapter(source, target)
+        else:
+            self.folder.copy_to(self.model, source, target)
+
+    def _find_adapters(self) -> None:
+        """Raises a `ValueError` unless all adapters are in the model or, where that will do, in the folder."""
+        for name in dict.fromkeys([*self.adapters, *self.inference_adapters]):
+            if name in getattr(self.model, "peft_config", {}):
+                continue
+            if self.folder is None:
                 raise ValueError(f"The model has no adapter {name!r}, with which learning would go on.")
+            if name in self.inference_adapters or not self.folder.find(name):
+                raise ValueError(
+                    f"Neither the model nor offload_adapters={str(self.folder.path)!r} has an adapter {name!r}, with "
+                    "which learning would go on."
+                )
 
     @property
     def inference_adapters(self) -> list[str]:
         return list(self.adapters)
 
+    def config_of(self, name: str) -> HeadConfig:
+        """The configuration of an adapter, wherever that is."""
+        known = self.model.peft_config if isinstance(self.model, PeftModel) else {}
+        return known[name] if name in known or self.folder is None else self.folder.configs[name]
+
     @property
     def groups(self) -> list[list[str]]:
         """Class names of each task learned so far."""
-        return [self.model.peft_config[name].class_names for name in self.adapters]
+        return [self.config_of(name).class_names for name in self.adapters]
 
     @property
     def class_names(self) -> list[str]:
         """Names of all classes learned so far, in the order of their numbers."""
-        return [name for adapter in self.adapters for name in self.model.peft_config[adapter].class_names]
+        return [name for group in self.groups for name in group]
 
     @property
     def head_sizes(self) -> tuple[int, ...]:
         """Number of classes of each adapter's head."""
-        return tuple(len(self.model.peft_config[name].class_names) for name in self.adapters)
+        return tuple(len(group) for group in self.groups)
 
     def _check_new_classes(self, class_names: list[str]) -> None:
         known = set(self.class_names)
@@ -217,13 +243,13 @@ class TwoStageMethod(AdapterMethod):
         return LabelledImages.concatenate([*parts, scenario.train.of_rows(new)])
 
     @staticmethod
-    def adapter_name(task: Task) -> str:
-        """By convention `task_000` and so on."""
-        return f"task_{task.index:03d}"
+    def adapter_name(index: int) -> str:
+        """Of a task's adapter, by convention `task_000` and so on."""
+        return f"task_{index:03d}"
 
     def train_adapter(self, task: Task) -> Iterator[Stage]:
         """Stage 1: the newest adapter and its head; every exemplar is one of the "others"."""
-        self.add_adapter(self.adapter_name(task), task.class_names)
+        self.add_adapter(self.adapter_name(task.index), task.class_names)
         exemplars = self.memory.images() if self.exemplars_as_others else None
         data = task.train if exemplars is None else LabelledImages.concatenate([task.train, exemplars])
 

@@ -22,6 +22,7 @@ from .adapters import AdapterMethodArguments, TwoStageMethod, heads_step
 from .analytic import ANALYTIC_HEADS
 from .base import Stage
 from .merging import Merging, MergingArguments
+from .offload import AdapterFolder
 
 
 MERGED = "merged"
@@ -149,6 +150,8 @@ class Dynammo(TwoStageMethod):
                 "first_session trains one adapter only, so merge, learned_weights and feature_distillation would do "
                 "nothing; leave them out."
             )
+        if given.offload_adapters is not None:
+            self.folder = AdapterFolder(given.offload_adapters)
         self.statistics: Optional[ClassStatistics] = None
         if self.heads != "exemplars":
             self.statistics = ClassStatistics(
@@ -168,6 +171,9 @@ class Dynammo(TwoStageMethod):
         super().begin(scenario, accelerator)
         if self.statistics is not None:
             self.statistics.names = dict(enumerate(scenario.class_names))
+        if self.folder is not None:
+            coming = range(scenario.first_task, len(scenario))
+            self.folder.check_free({self.adapter_name(index): scenario.groups[index] for index in coming})
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = super().state()
@@ -203,6 +209,15 @@ class Dynammo(TwoStageMethod):
         self.memory.update(task.train, features[0])
         yield from self._fit_heads(task, heads, features)
         self.model.set_adapter(MERGED, inference_mode=True)
+        if self.folder is not None:
+            self.folder.keep(self.model, self.adapters[-1], self.accelerator)
+
+    def add_adapter(self, name: str, class_names: list[str]) -> None:
+        """As of `AdapterMethod`; with `offload_adapters` older ones are taken out of the model."""
+        super().add_adapter(name, class_names)
+        if self.folder is not None:
+            for old in self.adapters[:-1]:
+                self.folder.take_out(self.model, old, self.accelerator)
 
     @property
     def inference_adapters(self) -> list[str]:
@@ -229,8 +244,8 @@ class Dynammo(TwoStageMethod):
     def _new_adapter(self, task: Task) -> Iterator[Stage]:
         """Trains the task's adapter, or makes it one more copy of the first."""
         if task.index > 0 and self.arguments.first_session:
-            self.add_adapter(self.adapter_name(task), task.class_names)
-            self.model.copy_adapter(self.adapters[0], self.adapters[-1])
+            self.add_adapter(self.adapter_name(task.index), task.class_names)
+            self.copy_adapter(self.adapters[0], self.adapters[-1])
         else:
             yield from self.train_adapter(task)
             self.merging.after_training(task)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import WeightedRandomSampler
 
 from ..data import ClassStatistics, LabelledImages, Task, data_loader
-from ..merging import adapter_tensors, diagonal_fisher, gaussian_likelihood, learn_merge_weights
+from ..merging import adapter_tensors, diagonal_fisher, gaussian_likelihood, learn_merge_weights, merge_into
 from ..merging.recalibration import recalibrate
-from ..merging.registry import COMBINATIONS
+from ..merging.registry import COMBINATIONS, check_runs
 from ..tuner.head_config import check_choice
 from .adapters import AdapterMethod
 from .analytic import regularised
@@ -55,6 +55,14 @@ class MergingArguments:
     weights_simplex: bool = field(
         default=False, metadata={"help": "Keep learned merge weights positive and their sum at one."}
     )
+    offload_adapters: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Folder in which the adapters of old tasks are kept instead of in the model, so that memory and "
+            "time do not grow; for merges that take adapters in one by one: 'linear', 'uniform' and "
+            "'exponential_moving_average'."
+        },
+    )
     recalibrate: bool = field(
         default=False, metadata={"help": "Measure the merged adapter's BatchNorm statistics instead of averaging."}
     )
@@ -92,6 +100,21 @@ class Merging:
                 + (", the only exact one for this adapter." if self.arguments.merge is None else ".")
             )
         self._fisher: list[Any] = []
+        if self.arguments.offload_adapters is not None:
+            self._check_offload()
+
+    def _check_offload(self) -> None:
+        """Refuses what needs all adapters in the model."""
+        if self.learns:
+            raise ValueError(
+                f"learned_weights={self.arguments.learned_weights!r} needs all adapters at once, which "
+                "offload_adapters leaves on the disk; leave one of them out."
+            )
+        try:
+            check_runs(self.combination_type)
+        except ValueError as error:
+            given = "unset" if self.arguments.merge is None else repr(self.arguments.merge)
+            raise ValueError(f"offload_adapters does not go with merge={given}: {error}") from error
 
     @property
     def learns(self) -> bool:
@@ -134,8 +157,15 @@ class Merging:
             )
 
     def merge(self, adapters: list[str], merged: str, shown: LabelledImages) -> None:
-        """Merges adapters into one; `shown` are images for the statistics of BatchNorm."""
+        """Merges adapters into one; `shown` are images for the statistics of BatchNorm.
+
+        With `offload_adapters` the newest is taken into what was merged before.
+        """
         options = dict(self.options)
+        if self.arguments.offload_adapters is not None and len(adapters) > 1:
+            merge_into(self.method.model, merged, adapters[-1], len(adapters) - 1, self.combination_type, **options)
+            self._recalibrate(merged, shown)
+            return
         if self.measures_fisher:
             options["fisher"] = self._fisher
         if self.takes_base:

@@ -24,6 +24,10 @@ from ..version import __version__
 COMPARED_IMAGES = 256
 
 
+# Options that say where things are; these may have moved.
+PLACES = {"offload_adapters"}
+
+
 def versions() -> dict[str, str]:
     """Of the libraries that compute."""
     modules = (torch, transformers, peft, accelerate)
@@ -41,6 +45,7 @@ def describe_run(method: Method, scenario: ClassIncrementalScenario, accelerator
     arguments = {
         name: value * accelerator.num_processes if name.endswith("batch_size") else value
         for name, value in asdict(method.arguments).items()
+        if name not in PLACES
     }
     config = getattr(method, "config", None)
     fields = {

@@ -43,7 +43,9 @@ def changing_adapters(method: Method) -> set[str]:
 
     All others stay as they are, so that a checkpoint need not look at them, however many there are.
     """
-    return {*method.adapters[-1:], *method.inference_adapters} if isinstance(method.model, PeftModel) else set()
+    if not isinstance(method.model, PeftModel):
+        return set()
+    return {*method.adapters[-1:], *method.inference_adapters} & set(method.model.peft_config)
 
 
 def restore_method(method: Method, parts: Mapping[str, Any], scenario: ClassIncrementalScenario) -> None:

@@ -101,11 +101,13 @@ def _as_heads(classes: Optional[Union[list[str], list[list[str]]]]) -> Optional[
         return None
     heads = [list(classes)] if all(isinstance(name, str) for name in classes) else [list(head) for head in classes]
     names = [name for head in heads for name in head]
+    known: set[str] = set()
     for name in names:
         if not isinstance(name, str):
             raise ValueError(f"classes must hold class names (strings), got {name!r}.")
-        if names.count(name) > 1:
+        if name in known:
             raise ValueError(f"Class {name!r} stands more than once in classes; each class needs a name of its own.")
+        known.add(name)
     if not heads or not all(heads):
         raise ValueError("classes holds a head without a class; give each head at least one class name.")
     return heads

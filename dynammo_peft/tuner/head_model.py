@@ -285,12 +285,27 @@ class HeadTuner(BaseTuner):
         if self.head is not None:
             self.head.concatenate_heads(adapters, adapter_name)
 
-    def check_mergeable(self, adapters: list[str], adapter_name: str) -> None:
+    def append_heads(self, merged: str, adapter: str) -> None:
+        """Places the heads of an adapter beside those that a merged one has already.
+
+        Args:
+            merged (`str`): Name of the merged adapter.
+            adapter (`str`): Name of the other adapter; left as it is.
+
+        Raises:
+            ValueError: If a class belongs to both.
+        """
+        self.peft_config[merged] = self._merged_config([merged, adapter])
+        if self.head is not None:
+            self.head.append_heads(merged, adapter)
+        self._sync_labels(self.active_adapters)
+
+    def check_mergeable(self, adapters: list[str], adapter_name: Optional[str] = None) -> None:
         """Raises a `ValueError` unless `create_merged_adapter` can make an adapter of others.
 
         Args:
             adapters (`list[str]`): Names of the adapters.
-            adapter_name (`str`): Name of the new adapter.
+            adapter_name (`Optional[str]`): Name of the new adapter; `None` if none is made.
         """
         if not adapters:
             raise ValueError("No adapters to merge; name at least one.")

@@ -253,6 +253,21 @@ class DynammoHead(WrappingLayer):
             for key, parameter in self.dynammo_head[merged].named_parameters():
                 parameter.copy_(torch.cat([self.dynammo_head[name].get_parameter(key) for name in adapters]))
 
+    @torch.no_grad()
+    def append_heads(self, merged: str, adapter: str) -> None:
+        """Places the heads of an adapter behind those of the adapter `merged`."""
+        if merged not in self.dynammo_head:
+            return
+        old, new = self.dynammo_head[merged], self.dynammo_head[adapter]
+        count = old.out_features + new.out_features
+        both = nn.Linear(old.in_features, count, device="meta").to_empty(device=old.weight.device)
+        both = both.to(old.weight.dtype).train(old.training)
+        for key, parameter in both.named_parameters():
+            parameter.copy_(torch.cat([old.get_parameter(key), new.get_parameter(key).to(old.weight)]))
+            parameter.requires_grad_(old.get_parameter(key).requires_grad)
+        self.dynammo_head[merged] = both
+        self.sizes[merged] += self.sizes[adapter]
+
     def check_folds(self) -> None:
         """Raises a `ValueError` unless a plain classifier can take the place of the active adapters' heads."""
         for name in self._own_adapters(self.dynammo_head):
