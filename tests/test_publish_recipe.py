@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,34 @@ def test_the_recipe_publishes_what_it_has_learned(hub, waits, recipe_file, tmp_p
     assert f"{report['cost']['multiply_adds'] / 1e6:.4g} M" in card
     assert str(tmp_path) not in card and not any(name.startswith(("hub", "push")) for name in report["options"])
     # What was published is what was saved.
+    saved = (tmp_path / "out" / "merged" / "adapter_model.safetensors").read_bytes()
+    assert saved == hub.files(REPO)["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("request_of_the_push", ["*/preupload/*", "*/commit/*"])
+def test_a_run_killed_while_it_pushes_is_published_once_resumed(
+    hub, waits, recipe_file, tmp_path, request_of_the_push
+):
+    tiny_model("vit").push_to_hub(BASE)
+    tiny_processor(32).push_to_hub(BASE)
+    command = [sys.executable, RECIPE, recipe_file(), "--resume_from_checkpoint", "latest"]
+    settings = {"cwd": ROOT, "env": hub.environment("recipe", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")}
+    before = len(hub.requests)
+    hub.slow(request_of_the_push, 600)
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **settings)
+    while not any(fnmatch(record.url, request_of_the_push) for record in hub.requests[before:]):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert commits(hub) == [] and (tmp_path / "out" / "results.json").exists()
+    steps = sorted(path.name for path in (tmp_path / "out-checkpoints").glob("*.json"))
+    done = subprocess.run(command, capture_output=True, text=True, **settings)
+    assert done.returncode == 0, done.stderr
+    # Nothing was trained again.
+    assert "Task 1/2" not in done.stdout
+    assert sorted(path.name for path in (tmp_path / "out-checkpoints").glob("*.json")) == steps
+    assert commits(hub) == ["Learn 4 classes in 2 tasks by dynammo"]
     saved = (tmp_path / "out" / "merged" / "adapter_model.safetensors").read_bytes()
     assert saved == hub.files(REPO)["adapter_model.safetensors"]
 

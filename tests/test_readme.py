@@ -34,6 +34,20 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert names["label"] in {f"class {index}" for index in range(4)}
 
 
+def test_the_code_about_interruptions_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in code_of("docs/scaling.md") if "resume_from_checkpoint" in block]
+    scenario = ClassIncrementalScenario(
+        tiny_dataset(4, 6), tiny_dataset(4, 2), tiny_processor(32), classes_per_task=2, progress=False
+    )
+    steps = []
+    for _ in range(2):
+        method = Dynammo(tiny_model("vit"), DynammoArguments(adapter_epochs=1, memory_size=4))
+        exec(block, {"method": method, "scenario": scenario})
+        steps.append(sorted(path.name for path in (tmp_path / "runs" / "cells").glob("checkpoint-*.json")))
+    assert steps[0] == steps[1] != []
+
+
 def base_on(hub, tmp_path):
     """The README's base model, on a Hub."""
     folder = tmp_path / "base"
