@@ -317,13 +317,22 @@ def test_a_folder_with_checkpoints_is_not_overwritten(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
-def test_a_checkpoint_by_its_path(tmp_path):
+def test_an_older_checkpoint_by_its_path(tmp_path, monkeypatch):
     whole = new_method()
     expected = outcome(whole, learn(whole, tmp_path / "whole"))
     older, newer = Checkpoints(tmp_path / "whole").store.paths()
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    # A reason to go back.
+    (tmp_path / "run" / newer.name).write_text("nothing")
+    with pytest.raises(CheckpointError, match=newer.name):
+        learn(new_method(), tmp_path / "run", resume="latest")
+    interrupt(monkeypatch, 0)
+    with pytest.raises(Interrupted):
+        learn(new_method(), tmp_path / "run", resume=str(tmp_path / "run" / older.name))
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / newer.name).exists()
     resumed = new_method()
-    results = learn(resumed, tmp_path / "run", resume=str(tmp_path / "run" / older.name))
+    results = learn(resumed, tmp_path / "run", resume="latest")
     assert json.loads(older.read_text())["step"] < json.loads(newer.read_text())["step"]
     assert_same(outcome(resumed, results), expected)
 

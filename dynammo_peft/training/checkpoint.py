@@ -115,6 +115,8 @@ class Checkpoints:
                     "outcome may differ by more than rounding.",
                     stacklevel=3,
                 )
+        if accelerator.is_main_process:
+            self.store.clear(after=saved["step"])
         parts = saved["parts"]
         restore_method(method, parts, scenario)
         results.restore(parts["results"])

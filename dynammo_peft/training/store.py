@@ -109,10 +109,11 @@ class CheckpointStore:
             raise CheckpointError(f"{path} has format_version={version!r}; this version reads {FORMAT_VERSION}.")
         return {**whole, "parts": {key: self._get(path, name) for key, name in parts.items()}, "names": parts}
 
-    def clear(self) -> None:
-        """Deletes all checkpoints."""
+    def clear(self, after: int = -1) -> None:
+        """Deletes all checkpoints, or those after a training step, which a run that goes on from there replaces."""
         for path in self.paths():
-            path.unlink()
+            if int(_NAME.fullmatch(path.name)[1]) > after:
+                path.unlink()
         self._forget()
 
     def _get(self, checkpoint: Path, name: str) -> Any:
