@@ -17,7 +17,7 @@ from torch import equal
 def settings(folder, **options):
     return small_run(
         folder,
-        adapter_epochs=3,
+        adapter_epochs=8,
         adapter_batch_size=4,
         heads="exemplars",
         exemplars_as_others=True,
@@ -76,7 +76,7 @@ def test_twenty_runs_killed_at_random_moments_end_as_one_that_was_not(tmp_path):
             break
     assert killed == 20
     # Not all at the same place.
-    assert len(where) > 5, where
+    assert len(where) > 2, where
 
 
 def good_checkpoint(folder, log):
@@ -84,8 +84,8 @@ def good_checkpoint(folder, log):
     options = settings(folder)
     process = killed_run.start(log, options)
     pattern = "out-checkpoints/checkpoint-*.json"
-    # The first task has three epochs of three steps.
-    while max(map(step, folder.glob(pattern)), default=0) <= 9:
+    # The first task has eight epochs of three steps.
+    while max(map(step, folder.glob(pattern)), default=0) <= 24:
         assert process.is_alive(), log.read_text()
         time.sleep(0.01)
     process.kill()
