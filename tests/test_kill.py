@@ -17,7 +17,7 @@ from torch import equal
 def settings(folder, **options):
     return small_run(
         folder,
-        adapter_epochs=8,
+        adapter_epochs=4,
         adapter_batch_size=4,
         heads="exemplars",
         exemplars_as_others=True,
@@ -84,8 +84,8 @@ def good_checkpoint(folder, log):
     options = settings(folder)
     process = killed_run.start(log, options)
     pattern = "out-checkpoints/checkpoint-*.json"
-    # The first task has eight epochs of three steps.
-    while max(map(step, folder.glob(pattern)), default=0) <= 24:
+    # The first task has four epochs of three steps.
+    while max(map(step, folder.glob(pattern)), default=0) <= 12:
         assert process.is_alive(), log.read_text()
         time.sleep(0.01)
     process.kill()
@@ -101,7 +101,7 @@ def test_a_full_disk(tmp_path):
     log = tmp_path / "log"
     options, checkpoints = good_checkpoint(tmp_path, log)
     finished(killed_run.start(log, options, "--output_dir", tmp_path / "whole"))
-    before = {path: path.read_bytes() for path in checkpoints}
+    last = checkpoints[-1].read_bytes()
     # No file may grow beyond a few blocks, as if there was no room for more.
     process = killed_run.start(log, options, "--resume_from_checkpoint", "latest", largest_file=4096)
     process.join(120)
@@ -110,7 +110,7 @@ def test_a_full_disk(tmp_path):
     assert error.startswith("error: A checkpoint cannot be written to")
     assert "File too large" in error
     assert f"{checkpoints[-1]} is complete" in error
-    assert {path: path.read_bytes() for path in checkpoints} == before
+    assert checkpoints[-1].read_bytes() == last
     assert not list(tmp_path.glob("out-checkpoints/**/.*"))
     finished(killed_run.start(log, options, "--resume_from_checkpoint", "latest"))
     assert_same(tmp_path / "out", result(tmp_path / "whole"))
