@@ -51,7 +51,8 @@ class Joint(AdapterMethod):
         if self.adapters:
             self.adapters.clear()
             self.model = self.model.unload()
-        self.add_adapter(f"joint_{task.index:03d}", [name for seen in self._seen for name in seen.class_names])
+        class_names = dict.fromkeys(name for seen in self._seen for name in seen.class_names)
+        self.add_adapter(f"joint_{task.index:03d}", list(class_names))
 
         def observe(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             logits = network(pixel_values=images).logits
