@@ -87,6 +87,7 @@ class Domains:
                 f"domains has {len(domains)} entries, but there are {tasks} tasks to come; give one each."
             )
         self.column = column
+        self.tasks = tasks
         self.of_task: Optional[list[list[DomainValue]]] = None
         if domains is not None:
             self.of_task = [[value] if isinstance(value, (str, int)) else list(value) for value in domains]
@@ -114,6 +115,11 @@ class Domains:
     def has(self, task: int, code: int) -> bool:
         """Whether images of a domain, by its number, belong to a task, 0 for the first to come."""
         return self.of_task is None or self.values[code] in self.of_task[task]
+
+    def masks(self, codes: Tensor) -> list[Tensor]:
+        """For each task which rows have one of its domains, `(N,)`."""
+        count = max(len(self.values), 1)
+        return [torch.tensor([self.has(task, code) for code in range(count)])[codes] for task in range(self.tasks)]
 
     def describe(self, task: int) -> str:
         """Of which domains a task's images are, for messages; nothing without domains."""

@@ -263,28 +263,26 @@ class ClassIncrementalScenario:
         exemplars = torch.zeros_like(labels, dtype=torch.bool)
         exemplars[rows] = True
         tasks = self._divide(labels.where(~exemplars, -1), codes, torch.Generator().manual_seed(seed))
-        self._check_all_tasks_have_images(labels, tasks, "train")
+        coming = range(self.first_task, len(self))
+        self._check_all_tasks_have_images([labels[tasks == index] for index in coming], "train")
         return tasks.where(~exemplars, BEFORE)
 
     def _test_tasks(self, labels: Tensor, codes: Tensor) -> Tensor:
+        # Tasks may share test images, of which the first has all: each task needs some, wherever they are.
+        self._check_all_tasks_have_images([labels[part] for part in self.domains.masks(codes)], "test")
         tasks = self._divide(labels, codes)
-        if self.domains.column is not None:
-            self._check_all_tasks_have_images(labels, tasks, "test")
-            known = tasks == DROPPED
-        else:
-            # The first task in which a class comes has all its test images: each task needs some, wherever they are.
-            self._check_all_tasks_have_images(labels, None, "test")
-            known = torch.ones_like(labels, dtype=torch.bool)
-        return tasks.where(~known | (labels < 0) | (labels >= self.learned_classes), BEFORE)
+        known = (labels >= 0) & (labels < self.learned_classes)
+        # Without domains a class that was learned before has its test images there.
+        free = tasks == DROPPED if self.domains.column is not None else known
+        return tasks.where(~(known & free), BEFORE)
 
-    def _check_all_tasks_have_images(self, labels: Tensor, tasks: Optional[Tensor], split: str) -> None:
-        """Raises a `ValueError` unless each task has images of all its classes; in any task, if `tasks` is `None`."""
-        for index in range(self.first_task, len(self)):
-            present = set((labels if tasks is None else labels[tasks == index]).tolist())
+    def _check_all_tasks_have_images(self, parts: Sequence[Tensor], split: str) -> None:
+        """Raises a `ValueError` unless there are images of all classes of each task to come among its labels."""
+        for part, labels in enumerate(parts):
+            index, present = self.first_task + part, set(labels.tolist())
             missing = [name for name in self.groups[index] if self._numbers[name] not in present]
             if missing:
-                where = self.domains.describe(index - self.first_task)
                 raise ValueError(
-                    f"Task {index} has no {split} images of {', '.join(map(repr, missing))}{where}; add images or "
-                    "take the class out of groups."
+                    f"Task {index} has no {split} images of {', '.join(map(repr, missing))}"
+                    f"{self.domains.describe(part)}; add images or take the class out of groups."
                 )

@@ -138,8 +138,8 @@ class DynammoModel(HeadTuner):
 
         Parameters of the blocks' adapters, alpha among them, are combined by `combination_type`; BatchNorm statistics
         are averaged with the weights normalised to one; heads are placed side by side, so that the new adapter knows
-        the classes of all. A class that several have keeps the head of the first of them. The new adapter is frozen. It
-        replaces an adapter of its name, and is active if that was.
+        the classes of all. A class that several have keeps the head of the first of them. The new adapter is frozen.
+        It replaces an adapter of its name, and is active if that was.
 
         Args:
             adapters (`list[str]`): Names of the adapters, in the order in which their classes shall stand.
