@@ -108,7 +108,12 @@ class AdapterMethod(Method):
         """A new adapter with a fresh head, its convolutions copied from an earlier one; made active.
 
         The first adapter's backbone is trained with it if `train_backbone` is set (first-session adaptation).
+
+        Raises:
+            ValueError: If there is an adapter of this name.
         """
+        if name in self.adapters:
+            raise ValueError(f"There is an adapter {name!r} already; a task is learned once.")
         config = replace(self.config, classes=[class_names])
         if isinstance(self.model, PeftModel):
             self.model.add_adapter(name, config)

@@ -46,6 +46,8 @@ class Joint(AdapterMethod):
         return {**values, "tasks": len(self._seen)}, tensors
 
     def learn(self, task: Task) -> Iterator[Stage]:
+        if task.index < len(self._seen):
+            raise ValueError(f"Task {task.index} was learned already; a task is learned once.")
         self._seen.append(task)
         data = LabelledImages.concatenate([seen.train for seen in self._seen])
         if self.adapters:
