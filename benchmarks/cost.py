@@ -132,7 +132,7 @@ def head_stage_row(base, images, repeats, synchronize):
             return model(images).logits
 
     def train(inputs):
-        loss, _ = heads_step(head(inputs), labels, sizes, 0)
+        loss, _ = heads_step(head(inputs), labels, sizes)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

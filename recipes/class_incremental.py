@@ -131,10 +131,20 @@ class DataArguments:
     label_column: str = field(default="label", metadata={"help": "Column of the labels, a ClassLabel."})
     classes_per_task: Optional[int] = field(default=None, metadata={"help": "Classes in each task."})
     groups: Optional[str] = field(
-        default=None, metadata={"help": "Instead of classes_per_task: lists of the tasks' class names, as JSON."}
+        default=None,
+        metadata={
+            "help": "Instead of classes_per_task: lists of the tasks' class names, as JSON; classes may come back."
+        },
     )
     class_order_seed: Optional[int] = field(
         default=None, metadata={"help": "Seed of the class order; the labels' own order if unset."}
+    )
+    domain_column: Optional[str] = field(
+        default=None, metadata={"help": "Column that says of which domain (hospital, camera) an image is."}
+    )
+    domains: Optional[str] = field(
+        default=None,
+        metadata={"help": "Domain of each task's images: a list with a value, or a list of values, a task, as JSON."},
     )
     validation_fraction: float = field(
         default=0.0, metadata={"help": "Hold out this share of the training images and measure on them instead."}
@@ -173,6 +183,7 @@ def parse_arguments(argv: list[str]) -> tuple[RunArguments, ModelArguments, Data
     _, model_args, data_args, _ = parsed
     model_args.config_overrides = _structured("config_overrides", model_args.config_overrides)
     data_args.groups = _structured("groups", data_args.groups)
+    data_args.domains = _structured("domains", data_args.domains)
     return parsed
 
 
@@ -224,6 +235,8 @@ def load_scenario(args: DataArguments, image_processor: Any, progress: bool) -> 
         classes_per_task=args.classes_per_task,
         groups=args.groups,
         seed=args.class_order_seed,
+        domain_column=args.domain_column,
+        domains=args.domains,
         validation_fraction=args.validation_fraction,
         image_column=args.image_column,
         label_column=args.label_column,

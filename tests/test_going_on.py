@@ -277,7 +277,11 @@ def test_exemplars_that_went_along_are_used(tmp_path):
         (lambda: scenario(2, exemplar_rows=[0]), "Row 0 of exemplar_rows"),
         (
             lambda: ClassIncrementalScenario(
-                *[tiny_dataset(names=["a", "b", "c", "d"])] * 2, tiny_processor(), groups=[["a"]], learned=[["a"]]
+                *[tiny_dataset(names=["a", "b", "c", "d"])] * 2,
+                tiny_processor(),
+                classes_per_task=1,
+                class_order=["a"],
+                learned=[["a"]],
             ),
             "Class 'a' was learned already",
         ),

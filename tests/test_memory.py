@@ -163,7 +163,7 @@ def test_a_memory_of_no_images():
 
 @pytest.mark.parametrize(
     ("new", "words"),
-    [({2: 4, 3: 4}, ["memory_size=3", "4 classes", "at least 4", "or to 0"]), ({1: 4}, ["Class 1", "learned once"])],
+    [({2: 4, 3: 4}, ["memory_size=3", "4 classes", "at least 4", "or to 0"]), ({1: 4}, ["Class 1", "own_features"])],
 )
 def test_refused_classes_leave_the_memory_as_it_was(new, words):
     memory = ExemplarMemory(3)

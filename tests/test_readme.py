@@ -112,6 +112,7 @@ def test_the_code_of_the_api_page_runs(tmp_path, monkeypatch, capsys, fresh_tabl
         "features_of_new_classes": torch.randn(20, 4, generator=generator),
         "new_labels": 3 + torch.arange(20) % 2,
         "train": tiny_dataset(classes=3, per_class=10),
+        "two_hospitals": tiny_dataset(classes=3, per_class=16).add_column("hospital", ["north", "south"] * 24),
     }
     blocks = code_of("docs/api.md")
     assert len([line for line in blocks[0].splitlines() if line]) == 8
@@ -122,4 +123,6 @@ def test_the_code_of_the_api_page_runs(tmp_path, monkeypatch, capsys, fresh_tabl
     assert names["weight"].shape == (5, 4)
     assert names["model"].active_adapter == "both"
     assert len(list((tmp_path / "decoded").iterdir())) == 2
+    assert [len(row) for row in names["metrics"]["accuracy_matrix"]] == [1, 2, 3]
+    assert names["method"].class_names == ["class 0", "class 1", "class 2"]
     assert len(capsys.readouterr().out.strip().splitlines()) == 2

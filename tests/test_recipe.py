@@ -142,7 +142,14 @@ def test_other_methods_run_from_the_same_file(tmp_path, method):
 def test_command_line_wins_over_the_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("memory_size: 30\nclasses_per_task: 3\nadapter_learning_rate: 0.5\n")
-    structured = ["--groups", '[["a", "b"], ["c"]]', "--config_overrides", '{"depths": [1]}']
+    structured = [
+        "--groups",
+        '[["a", "b"], ["c"]]',
+        "--domains",
+        '["x", ["x", 2]]',
+        "--config_overrides",
+        '{"depths": [1]}',
+    ]
     modules = ["--feature_modules", "layers.1", "layers.3"]
     _, model_args, data_args, method_args = parse_arguments(
         [str(path), "--memory_size", "7", "--heads", "ridge", *structured, *modules]
@@ -150,6 +157,7 @@ def test_command_line_wins_over_the_file(tmp_path):
     assert (method_args.memory_size, method_args.adapter_learning_rate, method_args.heads) == (7, 0.5, "ridge")
     assert model_args.feature_modules == ["layers.1", "layers.3"]
     assert (data_args.groups, data_args.classes_per_task) == ([["a", "b"], ["c"]], 3)
+    assert data_args.domains == ["x", ["x", 2]]
     assert model_args.config_overrides == {"depths": [1]}
 
 

@@ -78,6 +78,8 @@ class ExemplarMemory:
         self.selection = selection
         self.seed = seed
         self._classes: dict[int, LabelledImages] = {}
+        # Rows alone do not tell an image: those of a class that came back may be of two data sets.
+        self._origins: dict[int, list[int]] = {}
 
     def __len__(self) -> int:
         return sum(len(images) for images in self._classes.values())
@@ -105,9 +107,22 @@ class ExemplarMemory:
         """Which rows of the training data are remembered, class by class, in the order of their worth."""
         return [row for images in self._classes.values() for row in images.rows.tolist()]
 
-    def restore(self, images: LabelledImages) -> None:
-        """Remembers images that were chosen before, as `rows` names them, and forgets all others."""
-        self._classes = {label: images.of_classes([label]).copied() for label in dict.fromkeys(images.labels.tolist())}
+    @property
+    def origins(self) -> list[int]:
+        """Of each image, in the order of `rows`, its place among those that `restore` brought; -1 for newer ones."""
+        return [place for places in self._origins.values() for place in places]
+
+    def restore(self, images: LabelledImages, origins: Optional[Sequence[int]] = None) -> None:
+        """Remembers images that were chosen before, as `rows` names them, and forgets all others.
+
+        Args:
+            images (`LabelledImages`): The images, class by class.
+            origins (`Optional[Sequence[int]]`): What `origins` is to say of them; their own places if `None`.
+        """
+        places = torch.arange(len(images)) if origins is None else torch.tensor(origins)
+        labels = list(dict.fromkeys(images.labels.tolist()))
+        self._classes = {label: images.of_classes([label]).copied() for label in labels}
+        self._origins = {label: places[images.labels == label].tolist() for label in labels}
 
     def images(self) -> Optional[LabelledImages]:
         """All images remembered, class by class, or `None` if there are none yet."""
@@ -130,27 +145,44 @@ class ExemplarMemory:
             )
         return self.images()
 
-    def update(self, new_images: LabelledImages, features: Tensor) -> None:
-        """Takes in new classes and shortens the old ones, so that all have equally many images.
+    def update(self, new_images: LabelledImages, features: Tensor, own_features: Optional[Tensor] = None) -> None:
+        """Takes in images of new classes, or new images of known ones; afterwards all classes have equally many.
+
+        Of a class that comes back, exemplars are chosen anew from its old ones and its new images.
 
         Args:
-            new_images (`LabelledImages`): All images of the new classes.
+            new_images (`LabelledImages`): All images of the new classes, and the new ones of known classes.
             features (`Tensor`): Their features, `(N, C)`.
+            own_features (`Optional[Tensor]`): Features of `images()` under the same model, `(M, C)`; needed if a class
+                comes back.
+
+        Raises:
+            ValueError: If a class comes back without `own_features`, or the memory is smaller than the number of
+                classes.
         """
-        new_classes = new_images.labels.unique().tolist()
-        for label in new_classes:
-            if label in self._classes:
-                raise ValueError(f"Class {label} is in the memory already; a class is learned once.")
-        quota = self.quota(len(self._classes) + len(new_classes))
+        labels = new_images.labels.unique().tolist()
+        back = [label for label in labels if label in self._classes]
+        if back and own_features is None:
+            raise ValueError(f"Class {back[0]} is in the memory already; give own_features, those of images().")
+        quota = self.quota(len(self._classes) + len(labels) - len(back))
         if quota == 0:
             return
+        origins = torch.full((len(new_images),), -1)
+        if back:
+            own = self.images()
+            mask = torch.isin(own.labels, torch.tensor(back))
+            new_images = LabelledImages.concatenate([own.select(mask), new_images])
+            features = torch.cat([own_features[mask], features])
+            origins = torch.cat([torch.tensor(self.origins)[mask], origins])
         first = torch.arange(quota)
         # What is not remembered must not be kept: a selection alone would still have all images behind it.
         self._classes = {
             label: images.select(first[: len(images)]).copied() for label, images in self._classes.items()
         }
-        generator = torch.Generator().manual_seed(self.seed + new_classes[0])
-        for label in new_classes:
+        self._origins = {label: places[:quota] for label, places in self._origins.items()}
+        generator = torch.Generator().manual_seed(self.seed + labels[0])
+        for label in labels:
             places = torch.nonzero(new_images.labels == label).flatten()
-            chosen = SELECTIONS[self.selection](features[places].cpu(), quota, generator)
-            self._classes[label] = new_images.select(places[chosen]).copied()
+            chosen = places[SELECTIONS[self.selection](features[places].cpu(), quota, generator)]
+            self._classes[label] = new_images.select(chosen).copied()
+            self._origins[label] = origins[chosen].tolist()

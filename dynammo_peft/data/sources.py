@@ -87,6 +87,37 @@ class ImageSource:
             self._check_label(row, label)
         return torch.tensor(labels, dtype=torch.long)
 
+    def values(self, column: str, option: str) -> list[Union[str, int]]:
+        """What a column says of each row; a stream is gone through once more, for this column alone.
+
+        Args:
+            column (`str`): Its name: strings, whole numbers, or a `ClassLabel`, whose names are taken.
+            option (`str`): The option that names it, for messages.
+
+        Raises:
+            ValueError: If the column is missing or of another type, or a row has no value.
+        """
+        self._check_column(column, option)
+        feature = self.dataset.features[column]
+        dtype = getattr(feature, "dtype", "")
+        if not isinstance(dtype, str) or not dtype.startswith(("string", "large_string", "int", "uint")):
+            raise ValueError(
+                f"Column {column!r} of the {self.split} set is {feature}; {option} needs strings or whole numbers."
+            )
+        plain = self.dataset.select_columns([column])
+        values = [example[column] for example in plain] if self.is_stream else plain[column][:]
+        for row, value in enumerate(values):
+            if value is None:
+                raise ValueError(
+                    f"Row {row} of the {self.split} set has no value in column {column!r}; fill it in, or remove it."
+                )
+        if len(values) != len(self.labels):
+            raise ValueError(
+                f"The {self.split} stream has {len(values)} rows now and had {len(self.labels)} when its images were "
+                "decoded; delete cache_dir, or give it the same rows each time."
+            )
+        return [feature.names[value] for value in values] if isinstance(feature, datasets.ClassLabel) else list(values)
+
     def images(self, labels: Tensor, name: str) -> LabelledImages:
         """The images of some rows.
 
@@ -147,6 +178,13 @@ class ImageSource:
                 f"Row {row} of the {self.split} set has no label in column {self.label_column!r}; remove it."
             )
 
+    def _check_column(self, column: str, option: str) -> None:
+        if column not in self.dataset.features:
+            raise ValueError(
+                f"The {self.split} set has no column {column!r}; set {option} to one of "
+                f"{', '.join(map(repr, self.dataset.features))}."
+            )
+
     def _class_names(self) -> list[str]:
         """Names of the classes, after both columns were checked."""
         features, split = self.dataset.features, self.split
@@ -157,11 +195,7 @@ class ImageSource:
                 "datasets.ClassLabel(names=[...])}))`."
             )
         for column, option in ((self.image_column, "image_column"), (self.label_column, "label_column")):
-            if column not in features:
-                raise ValueError(
-                    f"The {split} set has no column {column!r}; set {option} to one of "
-                    f"{', '.join(map(repr, features))}."
-                )
+            self._check_column(column, option)
         image, label = features[self.image_column], features[self.label_column]
         if not isinstance(image, datasets.Image):
             raise ValueError(

@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 def accuracy_matrix(
     predictions: ArrayLike, references: ArrayLike, after_task: ArrayLike, task_of_class: Sequence[int]
 ) -> NDArray[np.float64]:
-    """
+    """The accuracy matrix where an image's task follows from its class; where classes come back, see [`Results`].
+
     Args:
         predictions (`ArrayLike`): Predicted classes, `(N,)`.
         references (`ArrayLike`): True classes, `(N,)`.
@@ -38,6 +39,22 @@ def accuracy_matrix(
         for chosen in (learned, learned & (predictions == references))
     )
     return np.divide(hits, images, out=np.full((count, count), np.nan), where=images > 0)
+
+
+def accuracies_by_task(
+    predictions: ArrayLike, references: ArrayLike, tasks: ArrayLike, count: int
+) -> NDArray[np.float64]:
+    """A row of the accuracy matrix: accuracy on the test images of each task, `(T,)`; NaN where there are none.
+
+    Args:
+        predictions (`ArrayLike`): Predicted classes, `(N,)`.
+        references (`ArrayLike`): True classes, `(N,)`.
+        tasks (`ArrayLike`): The task of each image, `(N,)`.
+        count (`int`): Number of tasks, `T`.
+    """
+    predictions, references, tasks = (np.asarray(given, dtype=int) for given in (predictions, references, tasks))
+    images, hits = (np.bincount(chosen, minlength=count) for chosen in (tasks, tasks[predictions == references]))
+    return np.divide(hits, images, out=np.full(count, np.nan), where=images > 0)
 
 
 def incremental_accuracies(matrix: ArrayLike, counts: ArrayLike) -> NDArray[np.float64]:
@@ -61,24 +78,33 @@ def average_incremental_accuracy(matrix: ArrayLike, counts: ArrayLike) -> float:
 def forgetting(matrix: ArrayLike) -> float:
     """Mean over all tasks but the last of the best accuracy before the last task, minus that after it.
 
-    Chaudhry et al. 2018, "Riemannian Walk for Incremental Learning", section 5. 0 for a single task.
+    Chaudhry et al. 2018, "Riemannian Walk for Incremental Learning", section 5. 0 for a single task. Tasks without
+    test images do not count.
     """
     matrix = np.asarray(matrix, dtype=float)
-    if len(matrix) == 1:
+    earlier = _measured_before_the_last(matrix)
+    if not len(earlier):
         return 0.0
-    best = np.nanmax(matrix[:-1, :-1], axis=0)
-    return float(np.mean(best - matrix[-1, :-1]))
+    best = np.nanmax(matrix[:-1, earlier], axis=0)
+    return float(np.mean(best - matrix[-1, earlier]))
 
 
 def backward_transfer(matrix: ArrayLike) -> float:
     """Mean over all tasks but the last of the last accuracy minus that right after the task; negative if forgotten.
 
-    Lopez-Paz and Ranzato 2017, "Gradient Episodic Memory", equation 3. 0 for a single task.
+    Lopez-Paz and Ranzato 2017, "Gradient Episodic Memory", equation 3. 0 for a single task. Tasks without test images
+    do not count.
     """
     matrix = np.asarray(matrix, dtype=float)
-    if len(matrix) == 1:
+    earlier = _measured_before_the_last(matrix)
+    if not len(earlier):
         return 0.0
-    return float(np.mean(matrix[-1, :-1] - np.diag(matrix)[:-1]))
+    return float(np.mean(matrix[-1, earlier] - matrix[earlier, earlier]))
+
+
+def _measured_before_the_last(matrix: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The tasks before the last that have test images: those measured when they were learned."""
+    return np.flatnonzero(~np.isnan(np.diag(matrix)[:-1]))
 
 
 def mean_class_recall(predictions: ArrayLike, references: ArrayLike) -> float:

@@ -168,9 +168,12 @@ def _base(facts: CardFacts) -> str:
 
 
 def _classes(facts: CardFacts) -> str:
-    """A row for each class: its place among the logits, its task, its name."""
-    names = ((task, name) for task, group in enumerate(facts.tasks) for name in group)
-    rows = [[str(place), str(task + 1), escape(name)] for place, (task, name) in enumerate(names)]
+    """A row for each class: its place among the logits, its tasks, its name."""
+    tasks: dict[str, list[str]] = {}
+    for task, group in enumerate(facts.tasks):
+        for name in group:
+            tasks.setdefault(name, []).append(str(task + 1))
+    rows = [[str(place), ", ".join(tasks[name]), escape(name)] for place, name in enumerate(facts.class_names)]
     return table(["logit", "task", "class"], rows)
 
 

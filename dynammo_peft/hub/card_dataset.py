@@ -67,8 +67,12 @@ def dataset_card(
         train_images, test_images = train_images + int(train.sum()), test_images + int(test.sum())
     columns = {"image_column": (image_column, "image"), "label_column": (label_column, "label")}
     arguments = {option: given for option, (given, usual) in columns.items() if given != usual}
+    if scenario.domains.of_task is not None:
+        arguments |= {"domain_column": scenario.domains.column, "domains": scenario.domains.of_task}
     if validation_fraction:
-        arguments |= {"validation_fraction": validation_fraction, "seed": seed or 0}
+        arguments["validation_fraction"] = validation_fraction
+    if validation_fraction or sum(map(len, scenario.groups)) > scenario.num_classes:
+        arguments["seed"] = seed or 0
     on_hub = dataset_id if dataset_id != "digits" else None
     card = DatasetCard.from_template(
         DatasetCardData(

@@ -21,8 +21,9 @@ Form = Literal["adapter", "standalone", "stock"]
 # What `cost` must hold.
 COST_FIELDS = ("multiply_adds", "multiply_adds_base", "ratio", "parameters", "parameters_base")
 
-# Options that other parts of the card tell, or that name places on somebody's machine.
+# Options that other parts of the card tell, or that say whose images they are, or name places on somebody's machine.
 _OPTIONS_TOLD_ELSEWHERE = {"method", "groups", "dataset_name", "model_name_or_path", "revision", "report_to"}
+_OPTIONS_OF_PEOPLE = {"domain_column", "domains"}
 _OPTIONS_OF_PLACES = ("_dir", "_path", "_file", "offload_adapters")
 
 # Identifiers that the Hub knows (huggingface.co/docs/hub/repositories-licenses).
@@ -46,7 +47,8 @@ class CardFacts:
         name (`str`): What the model is called.
         form (`Literal["adapter", "standalone", "stock"]`): What the repository holds: an adapter for PEFT, a whole
             model with its own code, or a plain model of transformers.
-        tasks (`Sequence[Sequence[str]]`): Class names of each task, in the order of the logits.
+        tasks (`Sequence[Sequence[str]]`): Class names of each task; classes are logits in the order in which they
+            first come.
         repo_id (`Optional[str]`): The repository on the Hub, as `"owner/name"`.
         base_model (`Optional[str]`): The base model's repository on the Hub; `None` if it has none.
         base_model_revision (`Optional[str]`): Its commit, tag or branch.
@@ -131,7 +133,7 @@ class CardFacts:
     @property
     def class_names(self) -> list[str]:
         """All class names in the order of the logits."""
-        return [name for task in self.tasks for name in task]
+        return list(dict.fromkeys(name for task in self.tasks for name in task))
 
     @property
     def accuracy_matrix(self) -> Sequence[Sequence[float]]:
@@ -180,7 +182,7 @@ def public_options(options: Mapping[str, Any]) -> tuple[dict[str, str], int]:
     """
     public, places = {}, 0
     for name, value in options.items():
-        if value is None or name in _OPTIONS_TOLD_ELSEWHERE:
+        if value is None or name in _OPTIONS_TOLD_ELSEWHERE | _OPTIONS_OF_PEOPLE:
             continue
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
         if name.endswith(_OPTIONS_OF_PLACES) or looks_local(text):

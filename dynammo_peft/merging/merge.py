@@ -44,7 +44,8 @@ def merge_adapters(
     Parameters, those of `modules_to_save` among them, are combined by `combination_type`; statistics of BatchNorm are
     averaged with the weights normalised to one. LoRA's factors take the root of a weight each, so that their product
     takes the weight, as in `LoraModel.add_weighted_adapter`; the factors of other methods (LoHa, LoKr) are combined
-    each for itself. Heads of DynaMMo adapters are placed side by side.
+    each for itself. Heads of DynaMMo adapters are placed side by side; a class that several
+    adapters have keeps the head of the first of them.
 
     The new adapter has the first one's configuration and is frozen. It replaces an adapter of its name. What is
     active, trained and in training mode stays so. If anything fails, the model is as it was.
@@ -110,8 +111,7 @@ def merge_into(
         options: Keyword-only arguments of that function, as `decay`.
 
     Raises:
-        ValueError: If the function needs all adapters at once, an adapter does not exist or is built differently, or
-            a class belongs to both.
+        ValueError: If the function needs all adapters at once, or an adapter does not exist or is built differently.
     """
     function = check_runs(combination_type)
     function.check_options(options)

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Optional
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data import Task
+from ..data import ClassIncrementalScenario, Task
 from ..tuner import HeadConfig
 from ..tuner.heads import score_heads
 from .adapters import AdapterMethodArguments, TwoStageMethod
@@ -40,7 +41,7 @@ class ACL(TwoStageMethod):
         config (`Optional[HeadConfig]`): The adapters' configuration; its `classes` are filled in.
 
     Raises:
-        ValueError: If the memory keeps no exemplars.
+        ValueError: If the memory keeps no exemplars; when learning begins, if a class comes in several tasks.
     """
 
     name = "acl"
@@ -57,6 +58,17 @@ class ACL(TwoStageMethod):
                 "ACL trains its heads on exemplars and cannot do with memory_size=0; set memory_size to at least the "
                 "number of classes."
             )
+
+    def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
+        super().begin(scenario, accelerator)
+        for index, group in enumerate(scenario.groups):
+            for name in group:
+                first = scenario.task_of_class()[scenario.class_names.index(name)]
+                if first < index:
+                    raise ValueError(
+                        f"Class {name!r} of task {index} comes back from task {first}, but ACL has each class's head "
+                        "under one adapter; take it out of groups, or choose method='dynammo'."
+                    )
 
     def learn(self, task: Task) -> Iterator[Stage]:
         yield from self.train_adapter(task)

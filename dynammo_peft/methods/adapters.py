@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Optional
 
+import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -107,10 +108,14 @@ class AdapterMethod(Method):
         """A new adapter with a fresh head, its convolutions copied from an earlier one; made active.
 
         The first adapter's backbone is trained with it if `train_backbone` is set (first-session adaptation).
+
+        Raises:
+            ValueError: If there is an adapter of this name.
         """
+        if name in self.adapters:
+            raise ValueError(f"There is an adapter {name!r} already; a task is learned once.")
         config = replace(self.config, classes=[class_names])
         if isinstance(self.model, PeftModel):
-            self._check_new_classes(class_names)
             self.model.add_adapter(name, config)
         else:
             self.model = get_peft_model(self.model, config, name)
@@ -168,19 +173,18 @@ class AdapterMethod(Method):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of all classes learned so far, in the order of their numbers."""
-        return [name for group in self.groups for name in group]
+        """Names of all classes learned so far, in the order of their numbers: that in which they first came."""
+        return list(dict.fromkeys(name for group in self.groups for name in group))
 
     @property
     def head_sizes(self) -> tuple[int, ...]:
-        """Number of classes of each adapter's head."""
-        return tuple(len(group) for group in self.groups)
-
-    def _check_new_classes(self, class_names: list[str]) -> None:
-        known = set(self.class_names)
-        for class_name in class_names:
-            if class_name in known:
-                raise ValueError(f"Class {class_name!r} was learned already; a task brings new classes.")
+        """Number of classes of each head for all classes: of those that were new in a task, if there were any."""
+        known: set[str] = set()
+        sizes = []
+        for group in self.groups:
+            sizes.append(len(set(group) - known))
+            known.update(group)
+        return tuple(size for size in sizes if size)
 
 
 class TwoStageMethod(AdapterMethod):
@@ -210,8 +214,9 @@ class TwoStageMethod(AdapterMethod):
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         super().begin(scenario, accelerator)
         self.memory.quota(scenario.num_classes)
-        if scenario.exemplar_rows:
-            self.memory.restore(scenario.exemplars)
+        exemplars = scenario.exemplars if scenario.exemplar_rows else self.memory.images()
+        if exemplars is not None:
+            self.memory.restore(exemplars)
 
     @property
     def exemplar_rows(self) -> list[int]:
@@ -220,9 +225,8 @@ class TwoStageMethod(AdapterMethod):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = super().state()
-        images = self.memory.images()
-        labels = images.labels.tolist() if images is not None else []
-        return {**values, "exemplar_rows": self.memory.rows, "exemplar_labels": labels}, tensors
+        own = {"exemplar_rows": self.memory.rows, "exemplar_origins": self.memory.origins}
+        return {**values, **own}, tensors
 
     def restore(
         self,
@@ -233,14 +237,17 @@ class TwoStageMethod(AdapterMethod):
         super().restore(values, tensors, scenario)
         self._restored_rows = list(values["exemplar_rows"])
         if scenario is not None and self._restored_rows:
-            self.memory.restore(self._recall(scenario, self._restored_rows, values["exemplar_labels"]))
+            origins = torch.tensor(values["exemplar_origins"])
+            self.memory.restore(self._recall(scenario, self._restored_rows, origins), origins.tolist())
 
-    def _recall(self, scenario: ClassIncrementalScenario, rows: list[int], labels: list[int]) -> LabelledImages:
-        """The exemplars as they were: of classes learned before the scenario those at hand, the others from it."""
-        learned = scenario.learned_classes
-        old, new = ([row for row, label in zip(rows, labels) if (label < learned) == was] for was in (True, False))
-        parts = [self.memory.images().of_rows(old)] if old else []
-        return LabelledImages.concatenate([*parts, scenario.train.of_rows(new)])
+    def _recall(self, scenario: ClassIncrementalScenario, rows: list[int], origins: Tensor) -> LabelledImages:
+        """The exemplars as they were: those from before the scenario are at hand, the others are from it."""
+        old = origins >= 0
+        parts = [self.memory.images().select(origins[old])] if old.any() else []
+        new = scenario.train.of_rows([row for row, origin in zip(rows, origins.tolist()) if origin < 0])
+        # Back from old and new to their order.
+        order = (~old).long().argsort(stable=True).argsort()
+        return LabelledImages.concatenate([*parts, new]).select(order)
 
     @staticmethod
     def adapter_name(index: int) -> str:
@@ -248,7 +255,7 @@ class TwoStageMethod(AdapterMethod):
         return f"task_{index:03d}"
 
     def train_adapter(self, task: Task) -> Iterator[Stage]:
-        """Stage 1: the newest adapter and its head; every exemplar is one of the "others"."""
+        """Stage 1: the newest adapter and its head; every exemplar of another class is one of the "others"."""
         self.add_adapter(self.adapter_name(task.index), task.class_names)
         exemplars = self.memory.images() if self.exemplars_as_others else None
         data = task.train if exemplars is None else LabelledImages.concatenate([task.train, exemplars])
@@ -263,21 +270,21 @@ class TwoStageMethod(AdapterMethod):
 
     def adapter_step(self, network: nn.Module, images: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
         """Loss of stage 1 on a batch, and for which images the head said the right thing, `(B,)`."""
-        return heads_step(network(pixel_values=images).logits, labels, (len(task.classes),), task.first_class)
+        return heads_step(network(pixel_values=images).logits, task.places(labels), (len(task.classes),))
 
     def train_heads(self, heads: nn.Module, features: Tensor, labels: Tensor) -> Iterator[Stage]:
         """Stage 2: all heads on the features of a balanced set, which were computed once."""
         sizes = self.head_sizes
 
         def observe(network: nn.Module, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            return heads_step(network(features), labels, sizes, 0)
+            return heads_step(network(features), labels, sizes)
 
         heads.requires_grad_(True)
         yield Stage("heads", heads, TensorDataset(features, labels), observe, self.optimization["head"])
         heads.requires_grad_(False)
 
 
-def heads_step(logits: Tensor, labels: Tensor, sizes: tuple[int, ...], first: int) -> tuple[Tensor, Tensor]:
-    """Loss of heads on a batch, and for which images every head said the right thing, `(B,)`."""
-    met = grouped_logits(logits.detach(), sizes).argmax(dim=2) == head_targets(labels, sizes, first)
-    return heads_loss(logits, labels, sizes, first), met.all(dim=1)
+def heads_step(logits: Tensor, labels: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Loss of heads on a batch, and for which images every head said the right thing, `(B,)`; -1 is of no head."""
+    met = grouped_logits(logits.detach(), sizes).argmax(dim=2) == head_targets(labels, sizes)
+    return heads_loss(logits, labels, sizes), met.all(dim=1)

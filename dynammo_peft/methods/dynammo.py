@@ -101,6 +101,9 @@ class Dynammo(TwoStageMethod):
     statistics: mean and covariance of features of several layers, moved into the new feature space at each merge. With
     `DynammoConfig(preset="paper")` they are trained on the exemplars.
 
+    Classes may come back in later tasks: their adapter joins the merge, their statistics and exemplars take the new
+    images in, and they keep their place among the logits.
+
     Args:
         model (`PreTrainedModel`): The pretrained image classifier.
         arguments (`DynammoArguments`): Options of the training, the merge and the heads.
@@ -205,8 +208,8 @@ class Dynammo(TwoStageMethod):
             self._move_statistics(before, features, shown.labels)
         if self.merging.learns and task.index > 0:
             features = self._learn_weights(task, heads, shown, features)
-        features = features[:, : len(task.train)]
-        self.memory.update(task.train, features[0])
+        features, of_exemplars = features.split([len(task.train), len(shown) - len(task.train)], dim=1)
+        self.memory.update(task.train, features[0], of_exemplars[0])
         yield from self._fit_heads(task, heads, features)
         self.model.set_adapter(MERGED, inference_mode=True)
         if self.folder is not None:
@@ -236,7 +239,7 @@ class Dynammo(TwoStageMethod):
         with model.head_output("last_layer_logits+features"):
             output = network(pixel_values=images).logits
         width = len(task.classes) + 1
-        loss, met = heads_step(output[:, :width], labels, (len(task.classes),), task.first_class)
+        loss, met = heads_step(output[:, :width], task.places(labels), (len(task.classes),))
         with torch.no_grad(), model.head_output("features"), adapter_instead(model, MERGED):
             known = model(pixel_values=images).logits
         return loss + weight * F.mse_loss(output[:, width:].float(), known.float()), met
@@ -251,7 +254,7 @@ class Dynammo(TwoStageMethod):
             self.merging.after_training(task)
 
     def _merge(self, task: Task, shown: LabelledImages) -> nn.Linear:
-        """Merges the adapters; old heads go on from where they fitted the last merge, the new one from its task."""
+        """Merges the adapters; old heads go on from where they fitted the last merge, a new one from its task."""
         before = self.model.head.dynammo_head[MERGED].state_dict() if task.index > 0 else {}
         self.merging.merge(self.adapters, MERGED, shown)
         heads = self.model.head.dynammo_head[MERGED]
@@ -306,12 +309,15 @@ class Dynammo(TwoStageMethod):
         return learned
 
     def _samples(self, task: Task, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """As many features of each class: of old classes drawn from their Gaussians, of new ones from their images."""
+        """As many features of each class: of old classes drawn from their Gaussians, of new ones from their images.
+
+        A class that came back is an old one: its Gaussian is that of all its images.
+        """
         count, classes = self.arguments.samples_per_class, self.statistics.classes
         old = [label for label in classes if label < task.first_class]
         generator = torch.Generator().manual_seed(self.arguments.seed + task.index)
         parts = list(self.statistics.sample(old, count, generator=generator))
-        for label in task.classes:
+        for label in task.new_classes:
             own = features[labels == label]
             parts.append(own[torch.randint(len(own), (count,), generator=generator)])
-        return torch.cat(parts), torch.tensor([*old, *task.classes]).repeat_interleave(count)
+        return torch.cat(parts), torch.tensor([*old, *task.new_classes]).repeat_interleave(count)

@@ -46,12 +46,15 @@ class Joint(AdapterMethod):
         return {**values, "tasks": len(self._seen)}, tensors
 
     def learn(self, task: Task) -> Iterator[Stage]:
+        if task.index < len(self._seen):
+            raise ValueError(f"Task {task.index} was learned already; a task is learned once.")
         self._seen.append(task)
         data = LabelledImages.concatenate([seen.train for seen in self._seen])
         if self.adapters:
             self.adapters.clear()
             self.model = self.model.unload()
-        self.add_adapter(f"joint_{task.index:03d}", [name for seen in self._seen for name in seen.class_names])
+        class_names = dict.fromkeys(name for seen in self._seen for name in seen.class_names)
+        self.add_adapter(f"joint_{task.index:03d}", list(class_names))
 
         def observe(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             logits = network(pixel_values=images).logits

@@ -152,7 +152,7 @@ class Merging:
                     model,
                     self.method.adapters[-1],
                     self._batches(task.train, balanced=False),
-                    lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels - task.first_class),
+                    lambda logits, labels: torch.nn.functional.cross_entropy(logits, task.places(labels)),
                 )
             )
 

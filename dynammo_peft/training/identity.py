@@ -60,6 +60,7 @@ def describe_run(method: Method, scenario: ClassIncrementalScenario, accelerator
         "backbone": digest(method.model.state_dict()),
         "training images": _digest_images(scenario.train),
         "test images": _digest_images(scenario.test),
+        "tasks of the images": digest({"train": scenario.tasks_of_train, "test": scenario.tasks_of_test}),
     }
     return json.loads(json.dumps(fields, default=_plain))
 

@@ -107,7 +107,7 @@ class Learner:
                 continue
             seconds = self._learn(task, scenario)
             seen.append(task.test)
-            results.add(task.index - offset, *self._score(seen, scenario), seconds)
+            results.add(task.index - offset, *self._score(seen, scenario), seconds, _tasks_of(seen))
             check_agreement(self.accelerator, self.method, task, results)
             step = self._position.step
             self._position = Position(task=task.index + 1, step=step)
@@ -133,7 +133,7 @@ class Learner:
     def _score_learned(self, scenario: ClassIncrementalScenario, results: Results, seen: list[LabelledImages]) -> None:
         """Measures what was learned before, if there are test images of it, once."""
         if seen and not results.seconds:
-            results.add(0, *self._score(seen, scenario), seconds=0.0)
+            results.add(0, *self._score(seen, scenario), seconds=0.0, tasks=_tasks_of(seen))
 
     def _learn(self, task: Task, scenario: ClassIncrementalScenario) -> float:
         """Learns a task, or the rest of it; returns the seconds that it took in all."""
@@ -220,3 +220,8 @@ class Learner:
         # Accelerate would hold on to the loader, and so to the images.
         self.accelerator.free_memory()
         return predictions, references
+
+
+def _tasks_of(seen: list[LabelledImages]) -> list[int]:
+    """The task of each image, of which there is a part for each task."""
+    return [task for task, part in enumerate(seen) for _ in range(len(part))]

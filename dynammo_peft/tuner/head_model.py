@@ -16,7 +16,7 @@ from ..merging import adapter_tensors, set_adapter_tensors
 from .architectures import ARCHITECTURES, Probe, probe
 from .features import FeatureTap
 from .head_config import HeadConfig, check_choice
-from .heads import unknown_score
+from .heads import heads_of_new_classes, unknown_score
 from .image_size import ImageSizeHook, as_pair
 from .labels import BaseLabels
 from .layer import DynammoHead, HeadOutput
@@ -263,19 +263,22 @@ class HeadTuner(BaseTuner):
     def create_merged_adapter(self, adapters: list[str], adapter_name: str, **changes: Any) -> None:
         """Adds a frozen adapter with the heads of others side by side; its blocks' adapters are fresh.
 
+        A class that several of them have keeps the head of the first; of the later heads it is left out.
+
         Args:
             adapters (`list[str]`): Names of the adapters, in the order in which their classes shall stand.
             adapter_name (`str`): Name of the new adapter.
             changes: Fields in which its configuration differs from the first adapter's.
 
         Raises:
-            ValueError: If an adapter does not exist or is built differently from the first, a class belongs to two of
-                them, or there is an adapter of the new name already.
+            ValueError: If an adapter does not exist, is named twice or is built differently from the first, or there
+                is an adapter of the new name already.
         """
         self.check_mergeable(adapters, adapter_name)
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter {adapter_name!r} exists already; choose another adapter_name.")
-        self.peft_config[adapter_name] = self._merged_config(adapters, **changes)
+        parts = self._merged_heads(adapters)
+        self.peft_config[adapter_name] = self._merged_config(adapters[0], [heads for heads, _ in parts], **changes)
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
@@ -283,21 +286,19 @@ class HeadTuner(BaseTuner):
             raise
         self._cast_adapter_dtype(adapter_name)
         if self.head is not None:
-            self.head.concatenate_heads(adapters, adapter_name)
+            self.head.concatenate_heads(adapters, [columns for _, columns in parts], adapter_name)
 
     def append_heads(self, merged: str, adapter: str) -> None:
-        """Places the heads of an adapter beside those that a merged one has already.
+        """Places the heads of an adapter beside those that a merged one has already, but for classes that it knows.
 
         Args:
             merged (`str`): Name of the merged adapter.
             adapter (`str`): Name of the other adapter; left as it is.
-
-        Raises:
-            ValueError: If a class belongs to both.
         """
-        self.peft_config[merged] = self._merged_config([merged, adapter])
+        (old, _), (new, columns) = self._merged_heads([merged, adapter])
+        self.peft_config[merged] = self._merged_config(merged, [old, new])
         if self.head is not None:
-            self.head.append_heads(merged, adapter)
+            self.head.append_heads(merged, adapter, columns, tuple(len(head) for head in new))
         self._sync_labels(self.active_adapters)
 
     def check_mergeable(self, adapters: list[str], adapter_name: Optional[str] = None) -> None:
@@ -315,13 +316,23 @@ class HeadTuner(BaseTuner):
         if len({self.peft_config[name].classes is None for name in adapters if name in self.peft_config}) > 1:
             raise ValueError(f"Of adapters {', '.join(adapters)} only some have a head; give all of them `classes`.")
         self._check_alike(adapters)
-        # Raises if two adapters have a class in common.
-        self._merged_config(adapters)
+        twice = next((name for place, name in enumerate(adapters) if name in adapters[:place]), None)
+        if twice is not None and self.peft_config[twice].classes is not None:
+            raise ValueError(f"Adapter {twice!r} is named twice; name each adapter with a head once.")
 
-    def _merged_config(self, adapters: list[str], **changes: Any) -> HeadConfig:
-        heads = [head for name in adapters for head in self.peft_config[name].classes or ()]
-        first = self.peft_config[adapters[0]]
-        return replace(first, classes=heads or None, inference_mode=True, merge_weights=None, **changes)
+    def _merged_heads(self, adapters: list[str]) -> list[tuple[list[list[str]], list[int]]]:
+        """Of each adapter the heads of classes that no earlier one has, and their columns."""
+        parts, known = [], []
+        for name in adapters:
+            config = self.peft_config[name]
+            parts.append(heads_of_new_classes(config.classes or (), known))
+            known += config.class_names
+        return parts
+
+    def _merged_config(self, first: str, parts: list[list[list[str]]], **changes: Any) -> HeadConfig:
+        heads = [head for part in parts for head in part]
+        config = self.peft_config[first]
+        return replace(config, classes=heads or None, inference_mode=True, merge_weights=None, **changes)
 
     def _check_alike(self, adapters: list[str]) -> None:
         """Raises a `ValueError` unless all adapters exist and are built as the first."""

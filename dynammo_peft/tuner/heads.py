@@ -5,6 +5,7 @@ All functions take the raw logits of one or more heads side by side, `(B, sum of
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -29,6 +30,27 @@ def _columns(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
         heads.append([start + size, *columns, *[width] * (max(sizes) - size)])
         start += size + 1
     return tuple(torch.tensor(index, device=device) for index in (classes, others, heads))
+
+
+def heads_of_new_classes(heads: Sequence[Sequence[str]], known: Iterable[str]) -> tuple[list[list[str]], list[int]]:
+    """What is left of heads without the classes that others have already.
+
+    Args:
+        heads (`Sequence[Sequence[str]]`): Class names of each head.
+        known (`Iterable[str]`): Class names of other heads.
+
+    Returns:
+        `tuple[list[list[str]], list[int]]`: The class names of each head that has any left, and the columns of these
+        classes and of their heads' "others" among all raw logits.
+    """
+    known, left, columns, start = set(known), [], [], 0
+    for head in heads:
+        places = [place for place, name in enumerate(head) if name not in known]
+        if places:
+            left.append([head[place] for place in places])
+            columns += [start + place for place in [*places, len(head)]]
+        start += len(head) + 1
+    return left, columns
 
 
 def grouped_logits(logits: Tensor, sizes: tuple[int, ...]) -> Tensor:

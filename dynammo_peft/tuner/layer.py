@@ -242,31 +242,40 @@ class DynammoHead(WrappingLayer):
         return score_heads(logits, sum((self.sizes[name] for name in names), ()), self.scoring[names[0]])
 
     @torch.no_grad()
-    def concatenate_heads(self, adapters: list[str], merged: str) -> None:
+    def concatenate_heads(self, adapters: list[str], columns: list[list[int]], merged: str) -> None:
         """Fills the heads of the adapter `merged` with those of the others, side by side.
 
         Args:
             adapters (`list[str]`): Names of the adapters.
-            merged (`str`): Name of an adapter that exists already, with room for all their heads.
+            columns (`list[list[int]]`): Which raw logits of each adapter's heads to take.
+            merged (`str`): Name of an adapter that exists already, with room for all of them.
         """
         if merged in self.dynammo_head:
             for key, parameter in self.dynammo_head[merged].named_parameters():
-                parameter.copy_(torch.cat([self.dynammo_head[name].get_parameter(key) for name in adapters]))
+                parts = [self.dynammo_head[name].get_parameter(key)[own] for name, own in zip(adapters, columns)]
+                parameter.copy_(torch.cat(parts))
 
     @torch.no_grad()
-    def append_heads(self, merged: str, adapter: str) -> None:
-        """Places the heads of an adapter behind those of the adapter `merged`."""
-        if merged not in self.dynammo_head:
+    def append_heads(self, merged: str, adapter: str, columns: list[int], sizes: tuple[int, ...]) -> None:
+        """Places heads of an adapter behind those of the adapter `merged`.
+
+        Args:
+            merged (`str`): Name of the merged adapter.
+            adapter (`str`): Name of the other adapter.
+            columns (`list[int]`): Which raw logits of the other's heads to take.
+            sizes (`tuple[int, ...]`): Number of classes of each head taken.
+        """
+        if merged not in self.dynammo_head or not columns:
             return
         old, new = self.dynammo_head[merged], self.dynammo_head[adapter]
-        count = old.out_features + new.out_features
+        count = old.out_features + len(columns)
         both = nn.Linear(old.in_features, count, device="meta").to_empty(device=old.weight.device)
         both = both.to(old.weight.dtype).train(old.training)
         for key, parameter in both.named_parameters():
-            parameter.copy_(torch.cat([old.get_parameter(key), new.get_parameter(key).to(old.weight)]))
+            parameter.copy_(torch.cat([old.get_parameter(key), new.get_parameter(key)[columns].to(old.weight)]))
             parameter.requires_grad_(old.get_parameter(key).requires_grad)
         self.dynammo_head[merged] = both
-        self.sizes[merged] += self.sizes[adapter]
+        self.sizes[merged] += sizes
 
     def check_folds(self) -> None:
         """Raises a `ValueError` unless a plain classifier can take the place of the active adapters' heads."""

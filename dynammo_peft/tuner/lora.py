@@ -104,6 +104,8 @@ class DynammoLoraModel(HeadTuner, LoraModel):
         """
         Merges adapters into a new one, in the manner of `LoraModel`; heads are placed side by side.
 
+        A class that several adapters have keeps the head of the first of them.
+
         Args:
             adapters (`list[str]`): Names of the adapters, in the order in which their classes shall stand.
             weights (`list[float]`, *optional*): A weight for each; 1 / T if `None`.
@@ -115,8 +117,8 @@ class DynammoLoraModel(HeadTuner, LoraModel):
             options: Options of that function, as `density` of `"ties"`.
 
         Raises:
-            ValueError: If an adapter does not exist or is built differently from the first, a class belongs to two of
-                them, weights are unusable, or the combination type or an option does not exist.
+            ValueError: If an adapter does not exist, is named twice or is built differently from the first, weights
+                are unusable, or the combination type or an option does not exist.
         """
         check_choice("combination_type", combination_type, ("cat", *COMBINATIONS))
         if combination_type != "cat":

@@ -138,7 +138,8 @@ class DynammoModel(HeadTuner):
 
         Parameters of the blocks' adapters, alpha among them, are combined by `combination_type`; BatchNorm statistics
         are averaged with the weights normalised to one; heads are placed side by side, so that the new adapter knows
-        the classes of all. The new adapter is frozen. It replaces an adapter of its name, and is active if that was.
+        the classes of all. A class that several have keeps the head of the first of them. The new adapter is frozen.
+        It replaces an adapter of its name, and is active if that was.
 
         Args:
             adapters (`list[str]`): Names of the adapters, in the order in which their classes shall stand.
@@ -148,7 +149,7 @@ class DynammoModel(HeadTuner):
             options: Options of that function, as `density` of `"ties"`.
 
         Raises:
-            ValueError: If an adapter does not exist or is built differently from the first, a class belongs to two of
-                them, weights are missing or unusable, or the combination type or an option does not exist.
+            ValueError: If an adapter does not exist, is named twice or is built differently from the first, weights
+                are missing or unusable, or the combination type or an option does not exist.
         """
         merge_adapters(self, adapters, weights, adapter_name, combination_type, **options)
