@@ -163,8 +163,8 @@ def run(mode: str, args: argparse.Namespace, folder: str) -> dict[str, Any]:
             **{f"{name}_bytes": size for name, size in saved_bytes(method).items()},
         }
 
-    accelerator = Accelerator(mixed_precision="bf16", cpu=args.device == "cpu")
-    # A batch of a size that was not met before makes oneDNN compile kernels and keep them: few sizes of the last one.
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.device == "cpu")
+    # For a batch of a size that was not met before oneDNN compiles kernels and keeps them: few sizes of the last one.
     results = dp.Learner(method, accelerator, eval_batch_size=BATCH, progress=False).fit(scenario, measure)
     return {"times": method.times, "measured": measured, "accuracy": results.metrics()["last_accuracy"]}
 
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=100, help="How many.")
     parser.add_argument("--images", type=int, default=20, help="Training images of each class.")
     parser.add_argument("--epochs", type=int, default=2, help="Of stage 1, for each task.")
+    parser.add_argument("--mixed_precision", default="no", help="As Accelerate names it; 'bf16' keeps more kernels.")
     parser.add_argument("--device", default="cpu", help="As PyTorch names it.")
     parser.add_argument("--child", choices=MODES, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -146,7 +146,7 @@ class AdapterMethod(Method):
 
     def _find_adapters(self) -> None:
         """Raises a `ValueError` unless all adapters are in the model or, where that will do, in the folder."""
-        for name in dict.fromkeys([*self.adapters, *self.inference_adapters]):
+        for name in dict.fromkeys([*self.adapters, *self.inference_adapters]) if self.adapters else ():
             if name in getattr(self.model, "peft_config", {}):
                 continue
             if self.folder is None:
