@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -11,6 +12,7 @@ from PIL import ImageOps
 from test_going_on import assert_equal_models, published
 from test_resume import Interrupted
 from tiny import tiny_dataset, tiny_images, tiny_model, tiny_processor
+from torch.nn import functional as F
 
 from dynammo_peft import (
     ACL,
@@ -298,15 +300,31 @@ def test_exemplars_of_a_class_that_comes_back_are_chosen_anew():
     memory.update(new, later, of_own)
     assert memory.classes == [0, 1, 2]
     assert [len(memory.images().of_classes([label])) for label in range(3)] == [2, 2, 2]
-    # As if old exemplars and new images were all the images of a new class.
+    # Four exemplars stand for six images: as if old exemplars were there three times, and new images twice.
     pool = torch.cat([own.rows[own.labels == 0], new.rows[new.labels == 0]])
-    other = ExemplarMemory(2)
-    other.update(
-        LabelledImages(torch.zeros(len(pool), 3, 2, 2, dtype=torch.uint8), torch.zeros(len(pool)).long(), pool),
-        torch.cat([of_own[own.labels == 0], later[new.labels == 0]]),
-    )
-    assert memory.rows[:2] == other.rows
+    features = F.normalize(torch.cat([of_own[own.labels == 0], later[new.labels == 0]]).double(), dim=1)
+    mean = torch.cat([features[:4].repeat(3, 1), features[4:].repeat(2, 1)]).mean(dim=0)
+    first = (features - mean).norm(dim=1).argmin()
+    distance = ((features[first] + features) / 2 - mean).norm(dim=1)
+    distance[first] = torch.inf
+    assert memory.rows[:2] == [int(pool[first]), int(pool[distance.argmin()])]
+    assert memory.counts == {0: 13, 1: 6, 2: 6}
     assert memory.rows[2:4] == own.rows[own.labels == 1][:2].tolist()
+
+
+@pytest.mark.parametrize("selection", ["herding", "random"])
+def test_exemplars_stand_for_all_images_and_not_for_the_newest(selection):
+    memory = ExemplarMemory(20, selection)
+    # Two hospitals, each with images of its own kind: 400 each.
+    kinds = torch.eye(2) + 0.01
+    memory.update(labelled([0] * 400), kinds[[0] * 400])
+    memory.update(labelled([0] * 400, first_row=400), kinds[[1] * 400], kinds[[0] * 20])
+    assert 8 <= sum(row < 400 for row in memory.rows) <= 12
+    # A third one.
+    own = torch.tensor(memory.rows)
+    features = torch.eye(3) + 0.01
+    memory.update(labelled([0] * 400, first_row=800), features[[2] * 400], features[(own >= 400).long()])
+    assert 4 <= sum(row >= 800 for row in memory.rows) <= 9
 
 
 def test_old_and_new_exemplars_of_one_row_are_told_apart():
@@ -363,6 +381,33 @@ def test_every_kind_of_method_learns_classes_that_come_back(groups, options):
     assert all(math.isfinite(value) for name, value in results.metrics().items() if name != "accuracy_matrix")
     if method.arguments.memory_size:
         assert torch.bincount(method.memory.images().labels).tolist() == [3] * 4
+
+
+def test_the_head_of_a_task_learns_its_known_classes_too():
+    task = scenario()[2]
+    # Classes 1 and 0 in this order, and "others".
+    logits = 10 * F.one_hot(torch.tensor([1, 0, 2, 2])).float()
+    loss, met = new_method().adapter_step(
+        lambda pixel_values: SimpleNamespace(logits=logits), torch.zeros(4), torch.arange(4), task
+    )
+    assert met.all()
+    assert loss < 1e-3
+
+
+def test_exemplars_are_judged_by_their_own_features(monkeypatch):
+    method, given = new_method(), []
+    update = method.memory.update
+
+    def watched(new_images, features, own_features):
+        given.append((method.memory.images(), own_features, new_images, features))
+        update(new_images, features, own_features)
+
+    monkeypatch.setattr(method.memory, "update", watched)
+    fit(method, scenario())
+    exemplars, own_features, new_images, features = given[-1]
+    assert len(exemplars) == 12
+    torch.testing.assert_close(own_features, method.features(exemplars, "merged")[0])
+    torch.testing.assert_close(features, method.features(new_images, "merged")[0])
 
 
 def accuracy(results, row, column):

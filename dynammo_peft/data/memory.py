@@ -15,7 +15,9 @@ from .images import LabelledImages
 Selection = Literal["herding", "random", "closest_to_mean"]
 
 
-def herding(features: Tensor, count: int, generator: Optional[torch.Generator] = None) -> Tensor:
+def herding(
+    features: Tensor, count: int, generator: Optional[torch.Generator] = None, weights: Optional[Tensor] = None
+) -> Tensor:
     """Picks images one by one so that the mean of the picked stays closest to the mean of all.
 
     Rebuffi et al. 2017, "iCaRL", algorithm 4, on features of unit length. Any first few of the picked are the best
@@ -25,12 +27,13 @@ def herding(features: Tensor, count: int, generator: Optional[torch.Generator] =
         features (`Tensor`): Features of a class's images, `(N, C)`.
         count (`int`): How many to pick; all if there are fewer.
         generator (`Optional[torch.Generator]`): Not needed; herding has nothing random.
+        weights (`Optional[Tensor]`): How many images each stands for, `(N,)`; all for one if `None`.
 
     Returns:
         `Tensor`: Places of the picked, in the order of picking, `(min(count, N),)`.
     """
     features = F.normalize(features.double(), dim=1)
-    mean = features.mean(dim=0)
+    mean = _mean(features, weights)
     chosen: list[int] = []
     total = torch.zeros_like(mean)
     for position in range(1, min(count, len(features)) + 1):
@@ -41,18 +44,28 @@ def herding(features: Tensor, count: int, generator: Optional[torch.Generator] =
     return torch.tensor(chosen, dtype=torch.long)
 
 
-def closest_to_mean(features: Tensor, count: int, generator: Optional[torch.Generator] = None) -> Tensor:
+def closest_to_mean(
+    features: Tensor, count: int, generator: Optional[torch.Generator] = None, weights: Optional[Tensor] = None
+) -> Tensor:
     """The images whose features, at unit length, are closest to the class mean; arguments as in `herding`."""
     features = F.normalize(features.double(), dim=1)
-    return (features - features.mean(dim=0)).norm(dim=1).argsort(stable=True)[:count].cpu()
+    return (features - _mean(features, weights)).norm(dim=1).argsort(stable=True)[:count].cpu()
 
 
-def random_choice(features: Tensor, count: int, generator: Optional[torch.Generator] = None) -> Tensor:
+def random_choice(
+    features: Tensor, count: int, generator: Optional[torch.Generator] = None, weights: Optional[Tensor] = None
+) -> Tensor:
     """Images drawn without replacement; arguments as in `herding`."""
-    return torch.randperm(len(features), generator=generator)[:count]
+    if weights is None:
+        return torch.randperm(len(features), generator=generator)[:count]
+    return torch.multinomial(weights, min(count, len(weights)), generator=generator)
 
 
-SELECTIONS: dict[str, Callable[[Tensor, int, Optional[torch.Generator]], Tensor]] = {
+def _mean(features: Tensor, weights: Optional[Tensor]) -> Tensor:
+    return features.mean(dim=0) if weights is None else weights.to(features) @ features / weights.sum()
+
+
+SELECTIONS: dict[str, Callable[[Tensor, int, Optional[torch.Generator], Optional[Tensor]], Tensor]] = {
     "herding": herding,
     "random": random_choice,
     "closest_to_mean": closest_to_mean,
@@ -67,6 +80,9 @@ class ExemplarMemory:
         size (`int`): Images in all; 0 keeps none.
         selection (`Literal["herding", "random", "closest_to_mean"]`): How the images of a class are chosen.
         seed (`int`): For `selection="random"`.
+
+    Attributes:
+        counts (`dict[int, int]`): Of how many images of each class the exemplars were chosen.
     """
 
     def __init__(self, size: int, selection: Selection = "herding", seed: int = 0) -> None:
@@ -78,6 +94,7 @@ class ExemplarMemory:
         self.selection = selection
         self.seed = seed
         self._classes: dict[int, LabelledImages] = {}
+        self.counts: dict[int, int] = {}
         # Rows alone do not tell an image: those of a class that came back may be of two data sets.
         self._origins: dict[int, list[int]] = {}
 
@@ -148,7 +165,8 @@ class ExemplarMemory:
     def update(self, new_images: LabelledImages, features: Tensor, own_features: Optional[Tensor] = None) -> None:
         """Takes in images of new classes, or new images of known ones; afterwards all classes have equally many.
 
-        Of a class that comes back, exemplars are chosen anew from its old ones and its new images.
+        Of a class that comes back, exemplars are chosen anew from its old ones and its new images; an old one stands
+        for as many images as it was chosen from.
 
         Args:
             new_images (`LabelledImages`): All images of the new classes, and the new ones of known classes.
@@ -167,13 +185,8 @@ class ExemplarMemory:
         quota = self.quota(len(self._classes) + len(labels) - len(back))
         if quota == 0:
             return
-        origins = torch.full((len(new_images),), -1)
-        if back:
-            own = self.images()
-            mask = torch.isin(own.labels, torch.tensor(back))
-            new_images = LabelledImages.concatenate([own.select(mask), new_images])
-            features = torch.cat([own_features[mask], features])
-            origins = torch.cat([torch.tensor(self.origins)[mask], origins])
+        counts = torch.bincount(new_images.labels).tolist()
+        pool, features, origins, weights = self._pool(new_images, features, own_features, back)
         first = torch.arange(quota)
         # What is not remembered must not be kept: a selection alone would still have all images behind it.
         self._classes = {
@@ -182,7 +195,30 @@ class ExemplarMemory:
         self._origins = {label: places[:quota] for label, places in self._origins.items()}
         generator = torch.Generator().manual_seed(self.seed + labels[0])
         for label in labels:
-            places = torch.nonzero(new_images.labels == label).flatten()
-            chosen = places[SELECTIONS[self.selection](features[places].cpu(), quota, generator)]
-            self._classes[label] = new_images.select(chosen).copied()
+            places = torch.nonzero(pool.labels == label).flatten()
+            own_weights = weights[places] if label in back else None
+            chosen = places[SELECTIONS[self.selection](features[places].cpu(), quota, generator, own_weights)]
+            self._classes[label] = pool.select(chosen).copied()
             self._origins[label] = origins[chosen].tolist()
+            self.counts[label] = self.counts.get(label, 0) + counts[label]
+
+    def _pool(
+        self, new_images: LabelledImages, features: Tensor, own_features: Optional[Tensor], back: list[int]
+    ) -> tuple[LabelledImages, Tensor, Tensor, Tensor]:
+        """What to choose from: exemplars of the classes that come back, then new images, `(N,)` in all.
+
+        Returns:
+            `tuple`: Images, features `(N, C)`, origins `(N,)`, and how many images each stands for `(N,)`.
+        """
+        origins, weights = torch.full((len(new_images),), -1), torch.ones(len(new_images))
+        if not back:
+            return new_images, features, origins, weights
+        own = self.images()
+        kept = torch.isin(own.labels, torch.tensor(back))
+        shares = {label: max(1.0, self.counts.get(label, 0) / len(own)) for label, own in self._classes.items()}
+        return (
+            LabelledImages.concatenate([own.select(kept), new_images]),
+            torch.cat([own_features[kept], features]),
+            torch.cat([torch.tensor(self.origins)[kept], origins]),
+            torch.cat([torch.tensor([shares[label] for label in own.labels[kept].tolist()]), weights]),
+        )

@@ -225,7 +225,9 @@ class TwoStageMethod(AdapterMethod):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = super().state()
-        own = {"exemplar_rows": self.memory.rows, "exemplar_origins": self.memory.origins}
+        memory = self.memory
+        counts = [[label, count] for label, count in memory.counts.items()]
+        own = {"exemplar_rows": memory.rows, "exemplar_origins": memory.origins, "exemplar_counts": counts}
         return {**values, **own}, tensors
 
     def restore(
@@ -236,6 +238,8 @@ class TwoStageMethod(AdapterMethod):
     ) -> None:
         super().restore(values, tensors, scenario)
         self._restored_rows = list(values["exemplar_rows"])
+        # Models that were published before classes could come back do not have them.
+        self.memory.counts = {label: count for label, count in values.get("exemplar_counts", ())}
         if scenario is not None and self._restored_rows:
             origins = torch.tensor(values["exemplar_origins"])
             self.memory.restore(self._recall(scenario, self._restored_rows, origins), origins.tolist())

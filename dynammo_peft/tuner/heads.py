@@ -116,37 +116,35 @@ def unknown_score(logits: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return grouped_logits(logits.float(), sizes).log_softmax(dim=-1)[..., 0].sum(dim=1).exp()
 
 
-def head_targets(labels: Tensor, sizes: tuple[int, ...], first: int = 0) -> Tensor:
+def head_targets(labels: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Target of each head: 0 ("others") for a foreign class, 1 + its place in the head for one of its own.
 
     Args:
-        labels (`Tensor`): Class of each image in the order in which classes were learned, `(B,)`.
+        labels (`Tensor`): Place of each image's class among those of all heads, `(B,)`; -1 if no head has it.
         sizes (`tuple[int, ...]`): Number of classes of each head.
-        first (`int`): Classes learned before the first of these heads.
 
     Returns:
         `Tensor`: `(B, T)`, to be compared with `grouped_logits`.
     """
     sizes_tensor = torch.tensor(sizes, device=labels.device)
-    starts = first + sizes_tensor.cumsum(0) - sizes_tensor
+    starts = sizes_tensor.cumsum(0) - sizes_tensor
     place = labels[:, None] - starts[None, :]
     return torch.where((place >= 0) & (place < sizes_tensor), place + 1, 0)
 
 
-def heads_loss(logits: Tensor, labels: Tensor, sizes: tuple[int, ...], first: int = 0) -> Tensor:
+def heads_loss(logits: Tensor, labels: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Sum over heads of the mean cross-entropy, foreign classes as "others" (Qazi et al. 2024, section 2.3).
 
     Args:
         logits (`Tensor`): Raw logits, `(B, sum of n_t + 1)`.
-        labels (`Tensor`): Class of each image in the order in which classes were learned, `(B,)`.
+        labels (`Tensor`): Place of each image's class among those of all heads, `(B,)`; -1 if no head has it.
         sizes (`tuple[int, ...]`): Number of classes of each head.
-        first (`int`): Classes learned before the first of these heads.
 
     Returns:
         `Tensor`: The loss, a scalar.
     """
     grouped = grouped_logits(logits.float(), sizes)
-    targets = head_targets(labels, sizes, first)
+    targets = head_targets(labels, sizes)
     return F.cross_entropy(grouped.flatten(0, 1), targets.flatten()) * len(sizes)
 
 
