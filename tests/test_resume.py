@@ -337,6 +337,26 @@ def test_an_older_checkpoint_by_its_path(tmp_path, monkeypatch):
     assert_same(outcome(resumed, results), expected)
 
 
+def test_a_checkpoint_of_another_folder(tmp_path, monkeypatch):
+    whole = new_method()
+    expected = outcome(whole, learn(whole, tmp_path / "whole"))
+    interrupt(monkeypatch, 13)
+    with pytest.raises(Interrupted):
+        learn(new_method(), tmp_path / "before")
+    monkeypatch.undo()
+    path = str(Checkpoints(tmp_path / "before").store.paths()[-1])
+    with pytest.raises(ValueError, match="whole has checkpoints of an earlier run"):
+        learn(new_method(), tmp_path / "whole", resume=path)
+    # Interrupted again, and resumed without the first folder.
+    interrupt(monkeypatch, 4)
+    with pytest.raises(Interrupted):
+        learn(new_method(), tmp_path / "after", resume=path)
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "before")
+    resumed = new_method()
+    assert_same(outcome(resumed, learn(resumed, tmp_path / "after", resume="latest")), expected)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -95,15 +95,12 @@ class Checkpoints:
         self._method, self._accelerator, self._results = method, accelerator, results
         self._run = describe_run(method, scenario, accelerator)
         self._parts: dict[str, str] = {}
-        if resume_from_checkpoint is None:
-            if self.store.paths():
-                raise ValueError(
-                    f"{self.store.directory} has checkpoints of an earlier run; resume from them "
-                    "(resume_from_checkpoint='latest'), delete them, or choose another folder."
-                )
-            saved = None
-        else:
-            saved = self._read(resume_from_checkpoint)
+        if not self._is_own(resume_from_checkpoint) and self.store.paths():
+            raise ValueError(
+                f"{self.store.directory} has checkpoints of an earlier run; resume from them "
+                "(resume_from_checkpoint='latest'), delete them, or choose another folder."
+            )
+        saved = self._read(resume_from_checkpoint) if resume_from_checkpoint is not None else None
         if saved is None:
             self._snapshot()
             return Position(task=scenario.first_task)
@@ -122,6 +119,8 @@ class Checkpoints:
         results.restore(parts["results"])
         stages = sorted(key for key in parts if key.startswith("stage "))
         self._parts = {key: name for key, name in saved["names"].items() if key != "running"}
+        if accelerator.is_main_process and not self._is_own(resume_from_checkpoint):
+            self._parts = {key: self.store.put(parts[key]) for key in self._parts}
         return Position(
             task=saved["task"],
             step=saved["step"],
@@ -155,6 +154,12 @@ class Checkpoints:
     def restore_randomness(self, saved: Mapping[str, Any]) -> None:
         """As it was when a stage was saved."""
         restore_random_states(saved["random"], self._accelerator)
+
+    def _is_own(self, which: Optional[str]) -> bool:
+        """Whether a checkpoint to resume from lies in this folder."""
+        return which == LATEST or (
+            which is not None and Path(which).parent.resolve() == self.store.directory.resolve()
+        )
 
     def _read(self, which: str) -> Optional[dict[str, Any]]:
         """A checkpoint, read by the main process; the others need not see the folder."""
