@@ -30,6 +30,7 @@ from dynammo_peft import (
 )
 from dynammo_peft.evaluation import METRICS
 from dynammo_peft.methods import Optimization
+from dynammo_peft.training import loop
 
 
 def forget_settings():
@@ -500,3 +501,21 @@ def test_no_image_stays_with_accelerate_after_a_run():
     )
     learner.fit(scenario)
     assert learner.accelerator._dataloaders == []
+
+
+def test_workers_load_the_same_batches(monkeypatch):
+    used, outcomes = [], []
+    load = loop.data_loader
+    monkeypatch.setattr(
+        loop, "data_loader", lambda *given, **options: used.append(given[2]) or load(*given, **options)
+    )
+    for workers in (0, 1):
+        forget_settings()
+        torch.manual_seed(0)
+        method = Pixels(2)
+        Learner(method, Accelerator(cpu=True), progress=False, dataloader_num_workers=workers).fit(
+            coloured_tasks(classes=2, size=8)
+        )
+        outcomes.append(state(method.model))
+    assert set(used) == {0, 1}
+    assert equal(*outcomes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -56,20 +55,3 @@ def check_shares(images: int, batch_size: int, num_processes: int) -> None:
             f"{images} images in batches of at most {batch_size} are too few for {num_processes} processes; start "
             "fewer processes, or raise the batch size."
         )
-
-
-class Sampler(torch.utils.data.Sampler[list[int]]):
-    """Hands a `DataLoader` the batches it shall load.
-
-    Args:
-        batches (`Sequence[Tensor]`): Places of the images of each batch.
-    """
-
-    def __init__(self, batches: Sequence[Tensor]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (batch.tolist() for batch in self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)

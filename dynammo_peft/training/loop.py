@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data import BatchTransform, data_loader
 from ..methods import Stage
 from .batch_norm import global_batch_norm
-from .batches import Sampler, check_shares, deal, derived_seed, number_of_batches, share
+from .batches import check_shares, deal, derived_seed, number_of_batches, share
 from .sharded import is_sharded, prepare, take_back, training_copy
 from .trained import restore_tensors, trained_tensors
 
@@ -152,7 +152,7 @@ class TrainingLoop:
         own = [share(batch, process, processes) for batch in rest]
         # Sharded already: Accelerate would fill up or leave out what does not divide.
         loader = prepare_data_loader(
-            data_loader(self.stage.data, 1, self.num_workers, batch_sampler=Sampler(own)),
+            data_loader(self.stage.data, 1, self.num_workers, batch_sampler=[batch.tolist() for batch in own]),
             device=self.accelerator.device,
             num_processes=1,
             process_index=0,
