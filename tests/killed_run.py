@@ -2,22 +2,17 @@
 
 import contextlib
 import io
-import multiprocessing
 import resource
 import sys
 from pathlib import Path
 
 import torch
+from forking import CONTEXT
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
 from class_incremental import main
-
-
-CONTEXT = multiprocessing.get_context("forkserver")
-# What takes seconds to import. Modules beside this one would not be found.
-CONTEXT.set_forkserver_preload(["dynammo_peft", "transformers.models.vit.modeling_vit", "accelerate.tracking"])
 
 
 def start(log, *arguments, largest_file=None):

@@ -1,6 +1,5 @@
 """Decoded images in a file: the same as in memory, found again, never half, and for the user alone."""
 
-import multiprocessing
 import os
 import pickle
 import resource
@@ -12,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from forking import CONTEXT
 from tiny import tiny_dataset, tiny_model, tiny_processor
 from transformers import ViTImageProcessorPil
 
@@ -213,10 +213,8 @@ class Process:
     """Another process that makes the scenario, and waits before it decodes one of the images until it is told."""
 
     def __init__(self, cache_dir, stop_at):
-        # A fork is there at once, where a new process would import everything anew.
-        self.pipe, pipe = multiprocessing.Pipe()
-        fork = multiprocessing.get_context("fork")
-        self.process = fork.Process(target=self._run, args=(cache_dir, stop_at, pipe), daemon=True)
+        self.pipe, pipe = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=self._run, args=(cache_dir, stop_at, pipe), daemon=True)
         self.process.start()
         assert self.pipe.recv() == "waiting"
 
