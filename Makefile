@@ -24,7 +24,7 @@ quickstart: install
 		recipes/class_incremental.py recipes/quickstart.yaml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 quality: install
 	$(BIN)/ruff check .

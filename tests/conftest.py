@@ -7,6 +7,8 @@ import os
 # Before transformers or datasets are imported: no test may depend on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Before torch is imported: models are tiny, and the threads of tests side by side would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import pytest
