@@ -35,6 +35,7 @@ from dynammo_peft.methods import DynammoArguments
 from dynammo_peft.methods.acl import ACL
 from dynammo_peft.methods.adapters import heads_step
 from dynammo_peft.methods.analytic import linear_discriminant
+from dynammo_peft.methods.held_out import accuracy_lost, held_out_accuracy
 from dynammo_peft.tuner.heads import heads_loss
 
 
@@ -202,13 +203,27 @@ def merging_rows(base, images, repeats, synchronize):
         known.move(fit_affine_map(features, moved, choose_ridge(features, moved, own)))
         linear_discriminant(known, 0.1)
 
+    def solve(statistics):
+        return linear_discriminant(statistics, 0.1)
+
+    def judge():
+        known = ClassStatistics()
+        known.update(features, torch.arange(len(features)) % (10 * CLASSES_PER_TASK))
+        views, own = features.unflatten(0, (2, TASK_IMAGES)), torch.arange(TASK_IMAGES) % CLASSES_PER_TASK
+        for _ in range(2):
+            held_out_accuracy(known, views, own, solve)
+        accuracy_lost(known, views, views + 0.1, own, own.unique(), 1.0, 0, solve)
+
     granularities = ("task", "layer", "channel")
     learning = [lambda name=name, times=times: learn(name, times) for name in granularities for times in (1, 2)]
-    runs = [train, merge, heads, *learning]
-    train_time, merge_time, heads_time, *learn_times = median_times(runs, max(3, repeats // 4), synchronize)
+    runs = [train, merge, heads, judge, *learning]
+    train_time, merge_time, heads_time, judge_time, *learn_times = median_times(
+        runs, max(3, repeats // 4), synchronize
+    )
     epoch = train_time / steps * TASK_IMAGES / TRAIN_BATCH
     yield "merging 10 adapters / an epoch of stage 1", None, merge_time / epoch, "< 1 time"
     yield "statistics, drift and heads / an epoch", None, heads_time / epoch, ""
+    yield "judging the merge / an epoch", None, judge_time / epoch, ""
     learning_steps = DynammoArguments().weights_steps
     for name, once, twice in zip(granularities, learn_times[::2], learn_times[1::2]):
         step = (twice - once) / steps

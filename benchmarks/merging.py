@@ -88,6 +88,8 @@ ROWS: dict[str, Row] = {
     "paper": Row(arguments=PAPER_ARGUMENTS, config=PAPER_CONFIG),
     "default": Row(),
     "exemplar_free": Row(arguments={"memory_size": 0}),
+    "always merged": Row(arguments={"fall_back": False}),
+    "exemplar_free, always merged": Row(arguments={"fall_back": False, "memory_size": 0}),
     "first_session": Row(arguments={"first_session": True}),
     "joint": Row("joint"),
     "lora": Row(lora=True),

@@ -358,10 +358,13 @@ def finish(
         f"model's {cost['multiply_adds_base'] / 1e6:.1f} M; {cost['parameters'] / 1e6:.2f} M parameters against "
         f"{cost['parameters_base'] / 1e6:.2f} M"
     )
+    fell_back = getattr(method, "fell_back", False)
+    if fell_back:
+        print("The first task's adapter is in the merged one's place: it is expected to classify better.")
     adapters = list(method.model.peft_config) if args.save_task_adapters else method.inference_adapters
     trained_backbone = model_args.model_name_or_path is None or getattr(method_args, "train_backbone", False)
     save_model(method.model, args.output_dir, adapters, image_processor, save_backbone=trained_backbone)
-    results.save(Path(args.output_dir) / "results.json", options=options, cost=cost)
+    results.save(Path(args.output_dir) / "results.json", options=options, cost=cost, fell_back=fell_back)
     print(f"Saved to {args.output_dir}: {', '.join(adapters)}")
     return cost
 

@@ -620,7 +620,7 @@ def test_what_does_not_go_together_is_refused_at_once(options, config, words):
 def test_feature_distillation_holds_the_merged_features(scenario):
     moved = {}
     for weight in (0.0, 100.0):
-        method = begun(scenario, strong(), memory_size=0, feature_distillation=weight)
+        method = begun(scenario, strong(), memory_size=0, feature_distillation=weight, fall_back=False)
         learner = Learner(method, method.accelerator, progress=False)
         for task in (scenario[0], scenario[1]):
             for stage in method.learn(task):

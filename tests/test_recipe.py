@@ -93,6 +93,7 @@ def test_a_saved_model_gives_the_same_logits_in_a_new_process(tmp_path):
     assert report["last_accuracy"] == results.metrics()["last_accuracy"]
     assert report["tasks"] == [["class 0", "class 1"], ["class 2", "class 3"]]
     assert report["cost"]["multiply_adds"] > report["cost"]["multiply_adds_base"] > 0
+    assert report["fell_back"] is method.fell_back
 
 
 def test_two_processes_print_and_save_once_and_average_their_statistics(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal, Optional, Union
 
@@ -150,6 +151,14 @@ class ClassStatistics:
             mean = own.mean(dim=0)
             self._scatter(label, len(mean)).add(own - mean)
             self._add_mean(label, len(own), mean)
+
+    def copy(self) -> ClassStatistics:
+        """The same statistics, to be changed without these."""
+        copied = ClassStatistics(self.covariance, self.rank)
+        # Counts and means are replaced when they change, scatters are not.
+        copied.counts, copied.means, copied.names = dict(self.counts), dict(self.means), dict(self.names)
+        copied._scatters = {key: deepcopy(scatter) for key, scatter in self._scatters.items()}
+        return copied
 
     def combine(self, others: Iterable[ClassStatistics]) -> ClassStatistics:
         """These statistics and those of other parts of the data as one, as if one had seen all.

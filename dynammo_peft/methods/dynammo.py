@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
@@ -21,6 +20,7 @@ from ..tuner.modes import adapter_instead
 from .adapters import AdapterMethodArguments, TwoStageMethod, heads_step
 from .analytic import ANALYTIC_HEADS
 from .base import Stage
+from .fallback import Fallback
 from .merging import Merging, MergingArguments
 from .offload import AdapterFolder
 
@@ -31,8 +31,8 @@ Heads = Literal["lda", "ridge", "gaussians", "exemplars"]
 
 # What the configuration's preset fills in where the user has said nothing.
 PRESETS: dict[Preset, dict[str, Any]] = {
-    "default": {"heads": "lda", "feature_views": 2, "exemplars_as_others": False},
-    "paper": {"heads": "exemplars", "feature_views": 1, "exemplars_as_others": True},
+    "default": {"heads": "lda", "feature_views": 2, "exemplars_as_others": False, "fall_back": True},
+    "paper": {"heads": "exemplars", "feature_views": 1, "exemplars_as_others": True, "fall_back": False},
 }
 
 
@@ -59,6 +59,13 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
     )
     first_session: bool = field(
         default=False, metadata={"help": "Train an adapter on the first task only; later tasks fit heads alone."}
+    )
+    fall_back: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "Put the first task's adapter in the place of the merged one after each task for which it is "
+            "expected to classify better; needs heads in closed form. The default, but for a merge that is asked for."
+        },
     )
     exemplars_as_others: Optional[bool] = field(
         default=None,
@@ -99,7 +106,8 @@ class Dynammo(TwoStageMethod):
 
     Inference is one forward pass for any number of tasks. By default the heads are fitted in closed form to class
     statistics: mean and covariance of features of several layers, moved into the new feature space at each merge. With
-    `DynammoConfig(preset="paper")` they are trained on the exemplars.
+    `DynammoConfig(preset="paper")` they are trained on the exemplars. Where the first task's adapter is expected to
+    classify better than the merged one, it takes that one's place until the next task ([`Fallback`]).
 
     Classes may come back in later tasks: their adapter joins the merge, their statistics and exemplars take the new
     images in, and they keep their place among the logits.
@@ -155,11 +163,24 @@ class Dynammo(TwoStageMethod):
             )
         if given.offload_adapters is not None:
             self.folder = AdapterFolder(given.offload_adapters)
+        self.fallback: Optional[Fallback] = Fallback(self, MERGED) if self._falls_back() else None
         self.statistics: Optional[ClassStatistics] = None
         if self.heads != "exemplars":
             self.statistics = ClassStatistics(
                 "class" if self.heads == "gaussians" else "shared", given.covariance_rank
             )
+
+    def _falls_back(self) -> bool:
+        """Whether the first task's adapter may take the merged one's place."""
+        given = self.arguments
+        if given.fall_back and (given.first_session or self.merging.learns or self.heads not in ANALYTIC_HEADS):
+            option = "first_session" if given.first_session else f"heads={self.heads!r}"
+            option = f"learned_weights={given.learned_weights!r}" if self.merging.learns else option
+            raise ValueError(f"fall_back does not go with {option}; leave one of them out.")
+        if given.fall_back is not None:
+            return given.fall_back
+        asked = given.first_session or self.merging.learns or given.merge is not None
+        return PRESETS[self.config.preset]["fall_back"] and self.heads in ANALYTIC_HEADS and not asked
 
     def _check_numbers(self) -> None:
         """Refuses at once what would otherwise show after the first task only."""
@@ -182,6 +203,8 @@ class Dynammo(TwoStageMethod):
         values, tensors = super().state()
         if self.statistics is not None and len(self.statistics):
             tensors |= {f"statistics.{name}": tensor for name, tensor in self.statistics.state().items()}
+        if self.fallback is not None and len(self.statistics):
+            tensors |= {f"fallback.{name}": tensor for name, tensor in self.fallback.state().items()}
         return values, tensors | self.merging.state()
 
     def restore(
@@ -194,9 +217,16 @@ class Dynammo(TwoStageMethod):
         if self.statistics is not None and self.adapters:
             own = {name.removeprefix("statistics."): tensor for name, tensor in tensors.items()}
             self.statistics.restore(own)
+        if self.fallback is not None and self.adapters:
+            prefix = "fallback."
+            self.fallback.restore(
+                {name.removeprefix(prefix): own for name, own in tensors.items() if name.startswith(prefix)}
+            )
         self.merging.restore(self.adapters, tensors)
 
     def learn(self, task: Task) -> Iterator[Stage]:
+        if self.fallback is not None:
+            self.fallback.put_back()
         yield from self._new_adapter(task)
         exemplars = self.memory.images()
         shown = task.train if exemplars is None else LabelledImages.concatenate([task.train, exemplars])
@@ -205,12 +235,20 @@ class Dynammo(TwoStageMethod):
         heads = self._merge(task, shown)
         features = self.features(shown, MERGED, self.views)
         if moves:
-            self._move_statistics(before, features, shown.labels)
+            ridge = self._ridge(before, features, shown.labels)
+            if self.fallback is not None:
+                self.fallback.weigh(task, self.statistics, before, features, shown.labels, ridge)
+            self._move_statistics(before, features, ridge)
+        elif self.fallback is not None:
+            # The merge of one adapter is that adapter.
+            self.fallback.take_in(features, shown.labels)
         if self.merging.learns and task.index > 0:
             features = self._learn_weights(task, heads, shown, features)
         features, of_exemplars = features.split([len(task.train), len(shown) - len(task.train)], dim=1)
         self.memory.update(task.train, features[0], of_exemplars[0])
         yield from self._fit_heads(task, heads, features)
+        if self.fallback is not None:
+            self.fallback.put_first()
         self.model.set_adapter(MERGED, inference_mode=True)
         if self.folder is not None:
             self.folder.keep(self.model, self.adapters[-1], self.accelerator)
@@ -225,6 +263,11 @@ class Dynammo(TwoStageMethod):
     @property
     def inference_adapters(self) -> list[str]:
         return [MERGED]
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether the first task's adapter is in the merged one's place now."""
+        return self.fallback is not None and bool(self.fallback.merge)
 
     def logits(self, images: Tensor) -> Tensor:
         return self.model(pixel_values=images).logits
@@ -263,12 +306,15 @@ class Dynammo(TwoStageMethod):
                 heads.get_parameter(name)[: len(value)] = value
         return heads
 
-    def _move_statistics(self, before: Tensor, after: Tensor, labels: Tensor) -> None:
+    def _ridge(self, before: Tensor, after: Tensor, labels: Tensor) -> float:
+        """How strongly a map between features `(V, N, C)` is held to the identity."""
+        if self.arguments.drift_ridge is not None:
+            return self.arguments.drift_ridge
+        return choose_ridge(before.flatten(0, 1), after.flatten(0, 1), labels.repeat(self.views))
+
+    def _move_statistics(self, before: Tensor, after: Tensor, ridge: float) -> None:
         """Moves the class statistics along with the features of the images at hand, `(V, N, C)`."""
-        before, after, ridge = before.flatten(0, 1), after.flatten(0, 1), self.arguments.drift_ridge
-        if ridge is None:
-            ridge = choose_ridge(before, after, labels.repeat(self.views))
-        self.statistics.move(fit_affine_map(before, after, ridge))
+        self.statistics.move(fit_affine_map(before.flatten(0, 1), after.flatten(0, 1), ridge))
 
     def _fit_heads(self, task: Task, heads: nn.Linear, features: Tensor) -> Iterator[Stage]:
         """Heads for all classes seen.
@@ -282,7 +328,7 @@ class Dynammo(TwoStageMethod):
         if self.statistics is not None:
             self.statistics.update(features.flatten(0, 1), labels)
         if self.heads in ANALYTIC_HEADS:
-            self._solve_heads(heads, self.statistics)
+            self.solve_heads(self.statistics)
         elif task.index > 0 and self.heads == "gaussians":
             yield from self.train_heads(heads, *self._samples(task, features.flatten(0, 1), labels))
         elif task.index > 0:
@@ -290,22 +336,27 @@ class Dynammo(TwoStageMethod):
             features = self.features(balanced, MERGED, self.views)
             yield from self.train_heads(heads, features.flatten(0, 1), balanced.labels.repeat(self.views))
 
-    def _solve_heads(self, heads: nn.Linear, statistics: ClassStatistics) -> None:
-        weight, bias = ANALYTIC_HEADS[self.heads](statistics, self.arguments.shrinkage)
-        set_class_logits(heads, self.head_sizes, weight, bias)
+    def analytic_heads(self, statistics: ClassStatistics) -> tuple[Tensor, Tensor]:
+        """Weight and bias in closed form."""
+        return ANALYTIC_HEADS[self.heads](statistics, self.arguments.shrinkage)
+
+    def solve_heads(self, statistics: ClassStatistics) -> None:
+        """Heads in closed form for the merged adapter."""
+        weight, bias = self.analytic_heads(statistics)
+        set_class_logits(self.model.head.dynammo_head[MERGED], self.head_sizes, weight, bias)
 
     def _learn_weights(self, task: Task, heads: nn.Linear, shown: LabelledImages, features: Tensor) -> Tensor:
         """Learns merge weights in place of equal ones; `features` are those before, the return value those after."""
-        statistics = copy.deepcopy(self.statistics)
+        statistics = self.statistics.copy() if self.statistics is not None else None
         if statistics is not None:
             new = features[:, : len(task.train)]
             statistics.update(new.flatten(0, 1), task.train.labels.repeat(len(new)))
         if self.heads in ANALYTIC_HEADS:
-            self._solve_heads(heads, statistics)
+            self.solve_heads(statistics)
         self.merging.learn_weights(self.adapters, MERGED, shown, statistics)
         learned = self.features(shown, MERGED, self.views)
         if self.statistics is not None:
-            self._move_statistics(features, learned, shown.labels)
+            self._move_statistics(features, learned, self._ridge(features, learned, shown.labels))
         return learned
 
     def _samples(self, task: Task, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -177,6 +177,15 @@ class Merging:
         )
         self._recalibrate(merged, shown)
 
+    def first_alone(self, adapters: list[str], merged: str) -> None:
+        """Makes the merged adapter one of the same shape that does what the first of `adapters` does."""
+        if self.combination_type == "cat":
+            # LoRA's factors side by side: those of the others count nothing.
+            weights = [1.0] + [0.0] * (len(adapters) - 1)
+            self.method.model.add_weighted_adapter(adapters, weights, merged, combination_type="cat")
+        else:
+            self.method.copy_adapter(adapters[0], merged)
+
     def learn_weights(
         self, adapters: list[str], merged: str, shown: LabelledImages, statistics: Optional[ClassStatistics]
     ) -> None:
