@@ -1,13 +1,15 @@
 """Going back to the first task's adapter: how it is judged, and what the model is then."""
 
 import pytest
+import test_going_on
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from test_dynammo import arguments, begun, fit, learn_nothing, scenario, strong  # noqa: F401
 from tiny import tiny_model
 
-from dynammo_peft import Dynammo, DynammoConfig, DynammoLoraConfig, Learner
+from dynammo_peft import Dynammo, DynammoConfig, DynammoLoraConfig
 from dynammo_peft.data import ClassStatistics
+from dynammo_peft.hub import load_method
 from dynammo_peft.methods import fallback
 from dynammo_peft.methods.analytic import linear_discriminant
 from dynammo_peft.methods.held_out import accuracy_lost, held_out_accuracy
@@ -190,30 +192,18 @@ def test_later_adapters_are_merged_with_all_before_them(scenario, monkeypatch, t
     assert torch.equal(logits(method, scenario), logits(expected, scenario))
 
 
-def test_it_goes_on_from_a_state(scenario, monkeypatch):  # noqa: F811
+def test_it_goes_on_from_a_published_model(monkeypatch, tmp_path):
     forced(monkeypatch, False, True, False)
-    expected, _ = fit(scenario, strong())
-    method = Dynammo(tiny_model("vit"), arguments(), strong())
-    learner = Learner(method, progress=False)
-    states = []
-
-    def stop(task, results):
-        if task.index == 1:
-            states.append(method.state())
-            again = begun(scenario, strong())
-            again.model = method.model
-            again.restore(*states[0], scenario=scenario)
-            own = method.fallback
-            assert again.fallback.advantage == own.advantage
-            assert again.fallback.statistics.counts == own.statistics.counts
-            assert torch.equal(again.fallback.statistics.mean_matrix(), own.statistics.mean_matrix())
-            assert again.fallback.merge.keys() == own.merge.keys() and own.merge
-            again.accelerator = method.accelerator
-            method.fallback = again.fallback
-            again.fallback.method = method
-
-    learner.fit(scenario, stop)
-    assert torch.equal(logits(method, scenario), logits(expected, scenario))
+    uninterrupted = test_going_on.dynammo()
+    test_going_on.fit(uninterrupted, test_going_on.scenario(3))
+    method = test_going_on.dynammo()
+    test_going_on.fit(method, test_going_on.scenario(2))
+    assert method.fell_back
+    again = load_method(test_going_on.published(method, tmp_path))
+    assert again.fell_back
+    assert again.fallback.advantage == method.fallback.advantage
+    test_going_on.fit(again, test_going_on.scenario(1, learned=2, exemplar_rows=again.exemplar_rows))
+    test_going_on.assert_equal_models(again.model, uninterrupted.model)
 
 
 def test_a_state_learned_without_it_is_told(scenario):  # noqa: F811
