@@ -142,9 +142,8 @@ class SharedLearner(dp.Learner):
             super()._run(stage, *arguments)
             return
         method = self.method
-        arguments = method.arguments
-        others = getattr(method, "exemplars_as_others", False) and arguments.memory_size > 0
-        distillation = getattr(arguments, "feature_distillation", 0.0)
+        others = getattr(method, "exemplars_as_others", False) and method.arguments.memory_size > 0
+        distillation = getattr(method.arguments, "feature_distillation", 0.0)
         name = method.adapters[-1]
         key = f"{type(method.config).__name__}-others_{others}-distillation_{distillation}-{name}"
         trained = self.adapters / f"{key}.safetensors"
