@@ -1,0 +1,53 @@
+"""The benchmark of merging, on images and a model that take seconds."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_dataset, tiny_model, tiny_processor
+
+
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch):
+    path = Path(__file__).parent.parent / "benchmarks" / "merging.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_merging", path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    for split, images in (("train", tiny_dataset(4, 6)), ("test", tiny_dataset(4, 2, seed=1))):
+        for index, row in enumerate(images):
+            folder = tmp_path / "data" / "tiny_imagenet_40" / split / f"class {row['label']}"
+            folder.mkdir(parents=True, exist_ok=True)
+            row["image"].save(folder / f"{index}.png")
+    tiny_model("vit").save_pretrained(tmp_path / "weights" / "deit_tiny_patch16_224")
+    tiny_processor(32).save_pretrained(tmp_path / "weights" / "deit_tiny_patch16_224")
+    monkeypatch.setattr(module, "SHARED", tmp_path)
+    monkeypatch.setattr(module, "IMAGE_SIZE", 32)
+    monkeypatch.setitem(module.SEQUENCES, "tiny_imagenet_40", module.Sequence(("tiny_imagenet_40",), 2, 8))
+    return module
+
+
+def test_rows_of_a_seed_share_adapters_and_are_run_once(benchmark, tmp_path):
+    out = tmp_path / "results" / "merging.jsonl"
+    out.parent.mkdir()
+
+    def run(*rows):
+        benchmark.run_seed("deit_tiny", "tiny_imagenet_40", 0, 1, list(rows), 0.0, out)
+        return benchmark.read(out)
+
+    lines = run("acl", "default", "joint")
+    assert [line["row"] for line in lines] == ["acl", "default", "joint"]
+    assert all(0 <= line["last"] <= 100 for line in lines)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "adapters").rglob("*.safetensors")}
+    # Of two tasks by ACL, which trains with exemplars, and by the default. The joint one is of no use to others.
+    assert len(kept) == 4
+    lines = run("acl", "always merged", "first_session", "joint")
+    assert [line["row"] for line in lines] == ["acl", "default", "joint", "always merged", "first_session"]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    table = benchmark.report(lines)
+    for row in ("acl", "default", "always merged", "first_session", "joint"):
+        assert f"| `{row}` |" in table
+    assert json.loads(out.read_text().splitlines()[0])["seed"] == 0
