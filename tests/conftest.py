@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from loopback_hub import LoopbackHub
 
 
@@ -26,6 +27,13 @@ def _quick_garbage_collection():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_accelerate_state():
+    # A process has one state, with one precision: files of tests must not depend on which of them ran before in it.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(autouse=True)
