@@ -390,7 +390,7 @@ def test_half_precision_is_pooled_in_single(name):
     assert not torch.equal(features[:, width:], features[:, width:].bfloat16().float())
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.filterwarnings("error:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("name", ["vit", "resnet_basic"])
 @pytest.mark.parametrize("output", ["scores", "features"])
 def test_compiled_is_what_it_was(name, output):

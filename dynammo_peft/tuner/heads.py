@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from .head_config import Scoring
 
 
-@lru_cache(maxsize=256)
-def _columns(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _make_columns(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Columns of the classes `(N,)`, of each class's "others" `(N,)`, and of each head `(T, 1 + max n)`.
 
     A head's row starts with its "others" column; short rows are filled with the number of columns, one past the end.
@@ -30,6 +29,14 @@ def _columns(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
         heads.append([start + size, *columns, *[width] * (max(sizes) - size)])
         start += size + 1
     return tuple(torch.tensor(index, device=device) for index in (classes, others, heads))
+
+
+_cached_columns = lru_cache(maxsize=256)(_make_columns)
+
+
+def _columns(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    # A compiled graph keeps the tensors itself, and the compiler warns of caches.
+    return (_make_columns if torch.compiler.is_compiling() else _cached_columns)(sizes, device)
 
 
 def heads_of_new_classes(heads: Sequence[Sequence[str]], known: Iterable[str]) -> tuple[list[list[str]], list[int]]:
