@@ -357,6 +357,23 @@ def test_a_checkpoint_of_another_folder(tmp_path, monkeypatch):
     assert_same(outcome(resumed, learn(resumed, tmp_path / "after", resume="latest")), expected)
 
 
+def test_adapters_on_the_disk_may_have_moved(tmp_path, monkeypatch):
+    whole = new_method(offload_adapters=str(tmp_path / "whole-adapters"))
+    expected = outcome(whole, learn(whole, tmp_path / "whole"))
+    interrupt(monkeypatch, 27)
+    with pytest.raises(Interrupted):
+        learn(new_method(offload_adapters=str(tmp_path / "before")), tmp_path / "run")
+    monkeypatch.undo()
+    # Two tasks are behind it.
+    assert sorted(path.name for path in (tmp_path / "before").iterdir()) == ["task_000", "task_001"]
+    with pytest.raises(ValueError, match="nowhere' has an adapter 'task_000'"):
+        learn(new_method(offload_adapters=str(tmp_path / "nowhere")), tmp_path / "run", resume="latest")
+    (tmp_path / "before").rename(tmp_path / "after")
+    resumed = new_method(offload_adapters=str(tmp_path / "after"))
+    assert_same(outcome(resumed, learn(resumed, tmp_path / "run", resume="latest")), expected)
+    assert not (tmp_path / "before").exists()
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
