@@ -162,3 +162,25 @@ def test_the_job_ends_with_a_process_and_is_resumed(tmp_path):
         printed, _ = process.communicate()
         assert process.returncode == 0, printed[-3000:]
     assert_same(tmp_path / "run", result(tmp_path / "whole"))
+
+
+def test_a_process_that_hangs_is_waited_for_no_longer_than_asked(tmp_path):
+    # Longer than one process may lag behind the other on a busy machine, and far below the default.
+    path = small_run(tmp_path, adapter_epochs=30, adapter_batch_size=3, ddp_timeout=20)
+    running = launch(2, RECIPE, path, "--save_steps", 1, "--output_dir", tmp_path / "run")
+    waiting, hanging = worker(running, 0), worker(running, 1)
+    while not list(tmp_path.glob("run-checkpoints/checkpoint-*.json")):
+        assert running.poll() is None, running.stdout.read()
+        time.sleep(0.01)
+    hanging.suspend()
+    start = time.monotonic()
+    try:
+        waiting.wait(timeout=60)
+    finally:
+        # The launcher would first ask it to end, which it cannot hear.
+        hanging.kill()
+    assert time.monotonic() - start > 15
+    printed, _ = running.communicate()
+    assert running.returncode != 0
+    assert "Timed out waiting 20000ms" in printed
+    assert not (tmp_path / "run").exists()
