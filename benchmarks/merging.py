@@ -92,12 +92,12 @@ ROWS: dict[str, Row] = {
     "exemplar_free, always merged": Row(arguments={"fall_back": False, "memory_size": 0}),
     "first_session": Row(arguments={"first_session": True}),
     "joint": Row("joint"),
-    "lora": Row(lora=True),
-    "lora, last layer": Row(lora=True, config={"feature_modules": []}),
-    "heads=ridge": Row(arguments={"heads": "ridge"}),
+    "lora": Row(arguments={"fall_back": False}, lora=True),
+    "lora, last layer": Row(arguments={"fall_back": False}, config={"feature_modules": []}, lora=True),
+    "heads=ridge": Row(arguments={"heads": "ridge", "fall_back": False}),
     "heads=gaussians": Row(arguments={"heads": "gaussians"}),
     "heads=exemplars": Row(arguments={"heads": "exemplars"}),
-    "heads=lda, last layer": Row(config={"feature_modules": []}),
+    "heads=lda, last layer": Row(arguments={"fall_back": False}, config={"feature_modules": []}),
     "heads=gaussians, last layer": Row(arguments={"heads": "gaussians"}, config={"feature_modules": []}),
     "heads=exemplars, last layer": Row(arguments={"heads": "exemplars"}, config={"feature_modules": []}),
     "merge=ties": Row(arguments={"merge": "ties", "merge_options": {"density": 0.5}}),
@@ -112,11 +112,13 @@ ROWS: dict[str, Row] = {
     "learned_weights=layer": Row(arguments={"learned_weights": "layer"}),
     "learned_weights=channel": Row(arguments={"learned_weights": "channel"}),
     "learned_weights=layer, entropy": Row(arguments={"learned_weights": "layer", "weights_objective": "entropy"}),
-    "exemplars_as_others": Row(arguments={"exemplars_as_others": True}),
-    "feature_distillation": Row(arguments={"feature_distillation": 10.0}),
-    "exemplar_free, feature_distillation": Row(arguments={"memory_size": 0, "feature_distillation": 10.0}),
+    "exemplars_as_others": Row(arguments={"exemplars_as_others": True, "fall_back": False}),
+    "feature_distillation": Row(arguments={"feature_distillation": 10.0, "fall_back": False}),
+    "exemplar_free, feature_distillation": Row(
+        arguments={"memory_size": 0, "feature_distillation": 10.0, "fall_back": False}
+    ),
     "exemplar_free, first_session": Row(arguments={"memory_size": 0, "first_session": True}),
-    "recalibrate": Row(arguments={"recalibrate": True}),
+    "recalibrate": Row(arguments={"recalibrate": True, "fall_back": False}),
 }
 CORE = ("acl", "paper", "default", "exemplar_free", "first_session", "joint")
 
