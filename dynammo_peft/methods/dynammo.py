@@ -235,10 +235,9 @@ class Dynammo(TwoStageMethod):
         heads = self._merge(task, shown)
         features = self.features(shown, MERGED, self.views)
         if moves:
-            ridge = self._ridge(before, features, shown.labels)
             if self.fallback is not None:
-                self.fallback.weigh(task, self.statistics, before, features, shown.labels, ridge)
-            self._move_statistics(before, features, ridge)
+                self.fallback.weigh(task, self.statistics, before[:, : len(task.train)])
+            self._move_statistics(before, features, shown.labels)
         elif self.fallback is not None:
             # The merge of one adapter is that adapter.
             self.fallback.take_in(features, shown.labels)
@@ -306,15 +305,14 @@ class Dynammo(TwoStageMethod):
                 heads.get_parameter(name)[: len(value)] = value
         return heads
 
-    def _ridge(self, before: Tensor, after: Tensor, labels: Tensor) -> float:
-        """How strongly a map between features `(V, N, C)` is held to the identity."""
-        if self.arguments.drift_ridge is not None:
-            return self.arguments.drift_ridge
-        return choose_ridge(before.flatten(0, 1), after.flatten(0, 1), labels.repeat(self.views))
-
-    def _move_statistics(self, before: Tensor, after: Tensor, ridge: float) -> None:
+    def _move_statistics(self, before: Tensor, after: Tensor, labels: Tensor) -> None:
         """Moves the class statistics along with the features of the images at hand, `(V, N, C)`."""
-        self.statistics.move(fit_affine_map(before.flatten(0, 1), after.flatten(0, 1), ridge))
+        before, after, labels = before.flatten(0, 1), after.flatten(0, 1), labels.repeat(self.views)
+        ridge = self.arguments.drift_ridge
+        step = fit_affine_map(before, after, choose_ridge(before, after, labels) if ridge is None else ridge)
+        self.statistics.move(step)
+        if self.fallback is not None:
+            self.fallback.follow(step)
 
     def _fit_heads(self, task: Task, heads: nn.Linear, features: Tensor) -> Iterator[Stage]:
         """Heads for all classes seen.
@@ -356,7 +354,7 @@ class Dynammo(TwoStageMethod):
         self.merging.learn_weights(self.adapters, MERGED, shown, statistics)
         learned = self.features(shown, MERGED, self.views)
         if self.statistics is not None:
-            self._move_statistics(features, learned, self._ridge(features, learned, shown.labels))
+            self._move_statistics(features, learned, shown.labels)
         return learned
 
     def _samples(self, task: Task, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor
 
-from ..data import ClassStatistics, LabelledImages, Task
+from ..data import AffineMap, ClassStatistics, LabelledImages, Task
 from ..merging import AdapterTensors, adapter_tensors, set_adapter_tensors
-from .held_out import accuracy_lost, held_out_accuracy
+from .held_out import held_out_accuracy
 
 
 if TYPE_CHECKING:
@@ -26,12 +27,18 @@ class Fallback:
     What is known of all classes under the first task's adapter, and whether that is better than the merged one.
 
     The first adapter never changes, so statistics of its features stay exact. Those of the merged adapter's features
-    are moved at each merge, and old classes may suffer from that unseen. Two estimates tell which of both to use:
+    are moved at each merge, and old classes may suffer from that unseen. New classes tell, before an adapter is
+    trained on them. They are learned from half of their images, and the others are classified among all classes:
 
-    - How well new classes are told from each other under either adapter, before one is trained on them: what adapters
-      of other tasks are worth for classes that they have not seen.
-    - How much accuracy the new classes would lose in the merge if they were old, that is, if the map that moves
-      statistics were fitted without their images. All classes known by then are taken to lose as much.
+    - under the first adapter,
+    - under the merged one, as the newest classes are: their means are measured,
+    - under the merged one, as if they were as old as the first: their means are measured under the first adapter, and
+      moved through all merges since, by maps that were fitted without them.
+
+    The classes of task `j` were moved by the merges since. The `k`-th changes a mean of adapters by a share of
+    `1 / k`, so all of them together move classes by about `log(k / j)`: that far between the second and the third they
+    are expected to be. By the same measure the difference between both adapters grows, from none where one adapter is
+    merged: the advantage of the merge is on the line through the differences of all tasks.
 
     Args:
         method (`Dynammo`): The method.
@@ -39,7 +46,9 @@ class Fallback:
 
     Attributes:
         statistics (`ClassStatistics`): Of all classes under the first adapter.
-        advantage (`float`): Expected accuracy of the merged adapter less that of the first, summed over classes.
+        path (`Optional[Tensor]`): The map from features under the first adapter to those under the merged one, in its
+            last row what is added, `(C + 1, C)`; `None` as long as one adapter is merged.
+        evidence (`Tensor`): The line's numerator and denominator, sums over new classes.
         merge (`AdapterTensors`): What was merged, while the first adapter is in its place.
     """
 
@@ -47,19 +56,27 @@ class Fallback:
         self.method = method
         self.merged = merged
         self.statistics = ClassStatistics("shared", method.arguments.covariance_rank)
-        self.advantage = 0.0
+        self.path: Optional[Tensor] = None
+        self.evidence = torch.zeros(2, dtype=torch.float64)
         self.merge: AdapterTensors = {}
+
+    @property
+    def advantage(self) -> float:
+        """Expected accuracy of the merged adapter less that of the first, mean over all classes, from -1 to 1."""
+        differences, squares = self.evidence.tolist()
+        return differences / squares * math.log(len(self.method.adapters)) if squares else 0.0
 
     @property
     def chosen(self) -> bool:
         """Whether the first adapter is expected to classify better, by more than a margin."""
-        return self.advantage < -MARGIN * len(self.statistics)
+        return self.advantage < -MARGIN
 
     def state(self) -> dict[str, Tensor]:
         """All there is to know after a task, as tensors: what `restore` takes."""
         parts = {"statistics": self.statistics.state(), "merge": self.merge}
         tensors = {f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
-        return {**tensors, "advantage": torch.tensor(self.advantage, dtype=torch.float64)}
+        path = {} if self.path is None else {"path": self.path}
+        return {**tensors, **path, "evidence": self.evidence.clone()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over what `state` gave.
@@ -67,7 +84,7 @@ class Fallback:
         Raises:
             ValueError: If there is nothing of it.
         """
-        if "advantage" not in tensors:
+        if "evidence" not in tensors:
             raise ValueError(
                 "fall_back needs what is known under the first adapter, and this was learned without; set "
                 "fall_back=False."
@@ -78,30 +95,38 @@ class Fallback:
         }
         self.statistics.restore(parts["statistics."])
         self.merge = parts["merge."]
-        self.advantage = tensors["advantage"].item()
+        self.path, self.evidence = tensors.get("path"), tensors["evidence"].double()
 
-    def weigh(
-        self, task: Task, merged: ClassStatistics, before: Tensor, after: Tensor, labels: Tensor, ridge: float
-    ) -> None:
-        """Judges by one more task, whose images are the first of those at hand.
+    def weigh(self, task: Task, merged: ClassStatistics, before: Tensor) -> None:
+        """Judges by one more task, and takes its classes in.
 
         Args:
             task (`Task`): The task, not the first.
             merged (`ClassStatistics`): Of all older classes under the adapter merged before this task.
-            before (`Tensor`): Features under that adapter of the images at hand, `(V, N, C)`.
-            after (`Tensor`): Features of the same images under the adapter merged with the task's.
-            labels (`Tensor`): Class of each image, `(N,)`; behind those of the task they are of exemplars.
-            ridge (`float`): Of the map that moves statistics.
+            before (`Tensor`): Features of the task's training images under that adapter, `(V, N, C)`.
         """
-        first, new = self._features(task.train), task.train.labels
-        solve = self.method.analytic_heads
-        gain = held_out_accuracy(merged, before[:, : len(new)], new, solve)
-        gain -= held_out_accuracy(self.statistics, first, new, solve)
-        classes = new.unique()
-        exemplars = (len(labels) - len(new)) // len(merged)
-        lost = accuracy_lost(merged, before, after, labels, classes, ridge, exemplars, solve)
-        self.advantage += len(classes) * gain - len(merged) * lost
-        self.take_in(first, new)
+        first, labels = self._features(task.train), task.train.labels
+        # An adapter was trained on classes that come back.
+        new = ~torch.isin(labels, torch.tensor(self.statistics.classes))
+        count = len(self.method.adapters) - 1
+        if count > 1 and new.any():
+            own, solve = labels[new], self.method.analytic_heads
+            alone = held_out_accuracy(self.statistics, first[:, new], own, solve)
+            newest = held_out_accuracy(merged, before[:, new], own, solve)
+            oldest = held_out_accuracy(merged, before[:, new], own, solve, means=self._moved(first[:, new]))
+            age, growth = mean_age(count), math.log(count)
+            difference = age * oldest + (1 - age) * newest - alone
+            self.evidence += len(own.unique()) * growth * torch.tensor([difference, growth])
+        self.take_in(first, labels)
+
+    def follow(self, step: AffineMap) -> None:
+        """Goes along with a merge: features under the merged adapter, and the class statistics, moved by `step`."""
+        if self.path is None:
+            path = torch.cat([step.weight, step.bias[None]])
+        else:
+            path = self.path.double() @ step.weight
+            path[-1] += step.bias
+        self.path = path.float()
 
     def take_in(self, features: Tensor, labels: Tensor) -> None:
         """Updates the statistics by features under the first adapter, `(V, N, C)`, of images with labels `(N,)`."""
@@ -134,3 +159,19 @@ class Fallback:
         features = method.features(images, self.merged, method.views)
         self.put_back()
         return features
+
+    def _moved(self, features: Tensor) -> Tensor:
+        """Where features under the first adapter, `(V, N, C)`, are thought to be under the merged one."""
+        return features @ self.path[:-1] + self.path[-1]
+
+
+def mean_age(count: int) -> float:
+    """How far classes were moved while `count` adapters were merged one by one, mean over their tasks.
+
+    Args:
+        count (`int`): At least 2.
+
+    Returns:
+        `float`: As a share of how far those of the first task were.
+    """
+    return sum(math.log(count / task) for task in range(1, count + 1)) / (count * math.log(count))
