@@ -70,6 +70,7 @@ class Row:
         arguments (`dict[str, Any]`): Of the method.
         config (`dict[str, Any]`): Of the adapters' configuration.
         lora (`bool`): Whether task adapters are LoRA instead of convolutions.
+        at_once (`bool`): Whether all classes are learned as one task.
         forward_passes (`str`): At inference, with T tasks.
     """
 
@@ -77,6 +78,7 @@ class Row:
     arguments: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     lora: bool = False
+    at_once: bool = False
     forward_passes: str = "1"
 
 
@@ -91,7 +93,8 @@ ROWS: dict[str, Row] = {
     "always merged": Row(arguments={"fall_back": False}),
     "exemplar_free, always merged": Row(arguments={"fall_back": False, "memory_size": 0}),
     "first_session": Row(arguments={"first_session": True}),
-    "joint": Row("joint"),
+    "joint": Row("joint", at_once=True),
+    "joint, heads=lda": Row(at_once=True),
     "lora": Row(arguments={"fall_back": False}, lora=True),
     "lora, last layer": Row(arguments={"fall_back": False}, config={"feature_modules": []}, lora=True),
     "heads=ridge": Row(arguments={"heads": "ridge", "fall_back": False}),
@@ -271,8 +274,9 @@ def run_seed(
             (dp.DynammoLoraConfig if settings.lora else dp.DynammoConfig)(**settings.config),
         )
         start = time.perf_counter()
-        learner = SharedLearner(method, Accelerator(mixed_precision="bf16"), adapters, features)
-        measures = learner.fit(at_once if settings.method == "joint" else scenario).metrics()
+        folder = adapters / "at_once" if settings.at_once else adapters
+        learner = SharedLearner(method, Accelerator(mixed_precision="bf16"), folder, features)
+        measures = learner.fit(at_once if settings.at_once else scenario).metrics()
         line = {
             **where,
             "row": row,
@@ -308,9 +312,9 @@ def report(lines: list[dict[str, Any]]) -> str:
                 continue
             last, average = ([line[key] for line in own] for key in ("last", "average"))
             paired = [line for line in own if line["seed"] in acl]
-            shown = _spread(average) if row != "joint" else ""
+            shown = "" if ROWS[row].at_once else _spread(average)
             gain = ""
-            if paired and row not in ("acl", "joint"):
+            if paired and row != "acl" and not ROWS[row].at_once:
                 gains = [
                     statistics.mean(line[key] - acl[line["seed"]][key] for line in paired)
                     for key in ("last", "average")

@@ -46,7 +46,12 @@ def test_rows_of_a_seed_share_adapters_and_are_run_once(benchmark, tmp_path):
     assert len(kept) == 4
     lines = run("acl", "always merged", "first_session", "joint")
     assert [line["row"] for line in lines] == ["acl", "default", "joint", "always merged", "first_session"]
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    found = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "adapters").rglob("*.safetensors")}
+    assert found == kept
+    # All classes as one task: an adapter of its own.
+    run("joint, heads=lda")
+    found = [*(tmp_path / "results" / "adapters").rglob("*.safetensors")]
+    assert len(found) == 5 and {path: path.stat().st_mtime_ns for path in kept} == kept
     table = benchmark.report(lines)
     for row in ("acl", "default", "always merged", "first_session", "joint"):
         assert f"| `{row}` |" in table
