@@ -35,7 +35,7 @@ from dynammo_peft.methods import DynammoArguments
 from dynammo_peft.methods.acl import ACL
 from dynammo_peft.methods.adapters import heads_step
 from dynammo_peft.methods.analytic import linear_discriminant
-from dynammo_peft.methods.held_out import held_out_accuracy
+from dynammo_peft.methods.held_out import held_out_hits
 from dynammo_peft.tuner.heads import heads_loss
 
 
@@ -211,7 +211,7 @@ def merging_rows(base, images, repeats, synchronize):
         known.update(features, torch.arange(len(features)) % (10 * CLASSES_PER_TASK))
         views, own = features.unflatten(0, (2, TASK_IMAGES)), torch.arange(TASK_IMAGES) % CLASSES_PER_TASK
         for means in (None, None, views + 0.1):
-            held_out_accuracy(known, views, own, solve, means)
+            held_out_hits(known, views, own, solve, means)
 
     granularities = ("task", "layer", "channel")
     learning = [lambda name=name, times=times: learn(name, times) for name in granularities for times in (1, 2)]

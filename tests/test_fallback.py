@@ -6,15 +6,16 @@ import pytest
 import test_going_on
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LinearRegression
 from test_dynammo import arguments, begun, fit, learn_nothing, scenario, strong  # noqa: F401
 from tiny import tiny_model
 
 from dynammo_peft import Dynammo, DynammoConfig, DynammoLoraConfig
-from dynammo_peft.data import AffineMap, ClassStatistics
+from dynammo_peft.data import AffineMap, ClassStatistics, LabelledImages, Task
 from dynammo_peft.hub import load_method
 from dynammo_peft.methods import fallback
 from dynammo_peft.methods.analytic import linear_discriminant
-from dynammo_peft.methods.held_out import held_out_accuracy
+from dynammo_peft.methods.held_out import held_out_hits
 
 
 def solve(statistics):
@@ -50,13 +51,13 @@ def test_each_half_is_classified_by_what_is_known_of_the_other():
         own = torch.cat([torch.zeros(15), labels[half]]).numpy()
         expected = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / 3] * 3).fit(seen, own)
         right[~half] = torch.tensor(expected.predict(features[0, ~half].numpy())) == labels[~half]
-    accuracy = held_out_accuracy(statistics, features, labels, solve)
-    assert 0.5 < accuracy < 1
-    assert accuracy == pytest.approx(right.double().mean().item())
+    hits = held_out_hits(statistics, features, labels, solve)
+    assert 0.5 < hits.mean() < 1
+    assert torch.equal(hits, right.double())
     assert statistics.counts == {0: 15}
 
 
-def test_classes_count_the_same_and_all_views_are_taken_in():
+def test_all_views_are_taken_in():
     # Every image of class 1 looks like those of class 2.
     features = torch.tensor([[[7.5], [7.5], *[[8.0]] * 6], [[0.0], [0.0], *[[8.0]] * 6]])
     labels = torch.tensor([1] * 2 + [2] * 6)
@@ -66,14 +67,14 @@ def test_classes_count_the_same_and_all_views_are_taken_in():
         taken.append(dict(statistics.counts))
         return nearest_mean(statistics)
 
-    assert held_out_accuracy(known([0.0]), features, labels, watched) == 0.5
+    assert held_out_hits(known([0.0]), features, labels, watched).tolist() == [0] * 2 + [1] * 6
     assert taken == [{0: 10, 1: 2, 2: 6}] * 2
 
 
 def test_known_classes_are_in_the_way():
     features, labels = torch.tensor([[[4.0], [4.0], [8.0], [8.0]]]), torch.tensor([1, 1, 2, 2])
-    assert held_out_accuracy(known([0.0]), features, labels, nearest_mean) == 1
-    assert held_out_accuracy(known([4.0]), features, labels, nearest_mean) == 0.5
+    assert held_out_hits(known([0.0]), features, labels, nearest_mean).tolist() == [1] * 4
+    assert held_out_hits(known([4.0]), features, labels, nearest_mean).tolist() == [0, 0, 1, 1]
 
 
 def test_classes_are_lost_whose_means_are_thought_to_be_elsewhere():
@@ -84,7 +85,7 @@ def test_classes_are_lost_whose_means_are_thought_to_be_elsewhere():
     labels = torch.tensor([1] * 4 + [2] * 4)
 
     def accuracy(means):
-        return held_out_accuracy(known([0.0, 0.0]), features, labels, nearest_mean, means)
+        return held_out_hits(known([0.0, 0.0]), features, labels, nearest_mean, means).mean()
 
     assert accuracy(features) == accuracy(features + 0.5) == 1
     # Class 2 is thought to be behind the class known before.
@@ -106,36 +107,60 @@ def test_by_how_much_classes_were_moved():
     assert fallback.mean_age(10_000) == pytest.approx(1 / math.log(10_000), rel=1e-2)
 
 
-def test_the_advantage_is_on_a_line_through_the_differences(scenario, monkeypatch):  # noqa: F811
-    method = begun(scenario, strong())
-    accuracies = iter([0.8, 0.9, 0.6, 0.7, 0.7, 0.5])
-    monkeypatch.setattr(fallback, "held_out_accuracy", lambda *_, **__: next(accuracies))
-    advantages = []
-    for task in scenario:
-        learn_nothing(method, task)
-        advantages.append(method.fallback.advantage)
+def judged(monkeypatch, tasks, labels):
+    """What has judged by tasks of images with these labels: under the first adapter, as newest, as oldest classes."""
+    method = Dynammo(tiny_model("vit"), arguments())
+    method.adapters = []
+    judge = fallback.Fallback(method, "merged")
+    judge.path = torch.zeros(2, 1)
+    monkeypatch.setattr(judge, "_features", lambda images: torch.zeros(1, len(images), 1))
+    images = LabelledImages(torch.zeros(len(labels), 3, 1, 1).byte(), labels, torch.arange(len(labels)))
+    for index, hits in enumerate(tasks):
+        method.adapters.append(f"task_{index:03d}")
+        if index > 0:
+            judge.statistics = known([0.0])
+            coming = iter(hits)
+            monkeypatch.setattr(fallback, "held_out_hits", lambda *_, coming=coming, **__: next(coming))
+            task = Task(index, [], [], 1, images, images)
+            judge.weigh(task, known([0.0]), torch.zeros(1, len(labels), 1))
+    return judge
+
+
+def test_the_advantage_is_on_a_line_through_the_differences(monkeypatch):
+    labels = torch.tensor([1, 1, 1, 1, 2, 2])
+    tasks = torch.rand(5, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     # The merge of one adapter is that adapter: until two are merged, nothing tells.
-    assert advantages[:2] == [0, 0]
-    assert advantages[2] == pytest.approx((0.5 * 0.9 + 0.5 * 0.6 - 0.8) / math.log(2) * math.log(3))
-    # Of a fourth task: weighted by classes, and by where on the line it is.
-    rest = fallback.mean_age(3) * 0.5 + (1 - fallback.mean_age(3)) * 0.7 - 0.7
-    logs = torch.tensor([2, 3]).log()
-    slope = (logs * torch.tensor([-0.05, rest])).sum() / logs.square().sum()
-    method.adapters.append("task_003")
-    monkeypatch.setattr(method.fallback, "statistics", known([0.0]))
-    monkeypatch.setattr(method.fallback, "_features", lambda images: torch.zeros(1, len(images), 1))
-    monkeypatch.setattr(method.fallback, "path", torch.zeros(2, 1))
-    task = scenario[2]
-    method.fallback.weigh(task, known([0.0]), torch.zeros(1, len(task.train), 1))
-    assert method.fallback.advantage == pytest.approx(slope.item() * math.log(4))
+    for number in (1, 2):
+        judge = judged(monkeypatch, tasks[:number], labels)
+        assert judge.advantage == (0, 0)
+        assert not judge.chosen
+    # Later, a line through the origin at which one adapter is merged.
+    places, points, errors = torch.tensor([2.0, 3.0, 4.0]).log(), [], []
+    for count, (alone, newest, oldest) in zip((2, 3, 4), tasks[2:]):
+        difference = fallback.mean_age(count) * (oldest - newest) + newest - alone
+        one, other = difference[:4], difference[4:]
+        # Classes count the same.
+        points.append((one.mean() + other.mean()) / 2)
+        errors.append((one.var(correction=0) / 4 + other.var(correction=0) / 2).sqrt() / 2)
+    line = LinearRegression(fit_intercept=False).fit(places[:, None], torch.stack(points))
+    advantage, error = judged(monkeypatch, tasks, labels).advantage
+    assert advantage == pytest.approx(line.predict([[math.log(5)]])[0])
+    expected = (places * torch.stack(errors)).square().sum().sqrt() / places.square().sum() * math.log(5)
+    assert error == pytest.approx(expected.item())
 
 
-@pytest.mark.parametrize(("advantage", "chosen"), [(-0.004, False), (-0.006, True), (0.1, False)])
-def test_half_a_point_decides(scenario, advantage, chosen):  # noqa: F811
-    method = begun(scenario, strong())
-    method.adapters += ["a", "b"]
-    method.fallback.evidence = torch.tensor([advantage / math.log(2), 1.0])
-    assert method.fallback.chosen == chosen
+def test_the_merge_has_to_be_better_by_more_than_the_standard_error(monkeypatch):
+    def chosen(better, worse):
+        newest = torch.zeros(100, dtype=torch.float64)
+        newest[:better], newest[better : better + worse] = 1, -1
+        hits = torch.stack([torch.zeros_like(newest), newest, newest])
+        return judged(monkeypatch, [hits] * 3, torch.ones(100).long()).chosen
+
+    # Of a hundred images; the error is that of a mean.
+    assert chosen(better=0, worse=0)
+    assert chosen(better=3, worse=2)
+    assert not chosen(better=9, worse=2)
+    assert chosen(better=2, worse=9)
 
 
 def test_it_judges_features_that_no_adapter_was_trained_on(scenario, monkeypatch):  # noqa: F811
@@ -150,9 +175,9 @@ def test_it_judges_features_that_no_adapter_was_trained_on(scenario, monkeypatch
 
     def watched(statistics, features, labels, solve, means=None):
         seen.append((statistics.copy(), features, means))
-        return 0
+        return torch.zeros(len(labels))
 
-    monkeypatch.setattr(fallback, "held_out_accuracy", watched)
+    monkeypatch.setattr(fallback, "held_out_hits", watched)
     images = scenario[2].train
     before, first = method.features(images, "merged"), method.features(images, "task_000")
     merged, alone = method.statistics.copy(), method.fallback.statistics.copy()
@@ -185,7 +210,11 @@ def test_classes_that_come_back_are_no_evidence(scenario, monkeypatch):  # noqa:
     for task in scenario:
         learn_nothing(method, task)
     asked = []
-    monkeypatch.setattr(fallback, "held_out_accuracy", lambda *given, **_: asked.append(given[2].unique()) or 0)
+    monkeypatch.setattr(
+        fallback,
+        "held_out_hits",
+        lambda *given, **_: asked.append(given[2].unique()) or torch.zeros(len(given[2])),
+    )
     before = method.fallback.evidence.clone()
     task = scenario[1]
     features = torch.zeros(method.views, len(task.train), method.fallback.path.shape[1])

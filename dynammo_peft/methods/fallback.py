@@ -11,15 +11,11 @@ from torch import Tensor
 
 from ..data import AffineMap, ClassStatistics, LabelledImages, Task
 from ..merging import AdapterTensors, adapter_tensors, set_adapter_tensors
-from .held_out import held_out_accuracy
+from .held_out import held_out_hits
 
 
 if TYPE_CHECKING:
     from .dynammo import Dynammo
-
-
-# A mean over classes below which a difference in accuracy tells nothing: one image in two hundred.
-MARGIN = 0.005
 
 
 class Fallback:
@@ -40,6 +36,9 @@ class Fallback:
     are expected to be. By the same measure the difference between both adapters grows, from none where one adapter is
     merged: the advantage of the merge is on the line through the differences of all tasks.
 
+    The first adapter is chosen unless the merge is better by more than the standard error of that, once there is
+    something to judge by. What it is worth is known, since nothing is moved; a merge can lose classes altogether.
+
     Args:
         method (`Dynammo`): The method.
         merged (`str`): Name of the merged adapter.
@@ -48,7 +47,7 @@ class Fallback:
         statistics (`ClassStatistics`): Of all classes under the first adapter.
         path (`Optional[Tensor]`): The map from features under the first adapter to those under the merged one, in its
             last row what is added, `(C + 1, C)`; `None` as long as one adapter is merged.
-        evidence (`Tensor`): The line's numerator and denominator, sums over new classes.
+        evidence (`Tensor`): The line's numerator and denominator, sums over new classes, and the numerator's variance.
         merge (`AdapterTensors`): What was merged, while the first adapter is in its place.
     """
 
@@ -57,19 +56,21 @@ class Fallback:
         self.merged = merged
         self.statistics = ClassStatistics("shared", method.arguments.covariance_rank)
         self.path: Optional[Tensor] = None
-        self.evidence = torch.zeros(2, dtype=torch.float64)
+        self.evidence = torch.zeros(3, dtype=torch.float64)
         self.merge: AdapterTensors = {}
 
     @property
-    def advantage(self) -> float:
-        """Expected accuracy of the merged adapter less that of the first, mean over all classes, from -1 to 1."""
-        differences, squares = self.evidence.tolist()
-        return differences / squares * math.log(len(self.method.adapters)) if squares else 0.0
+    def advantage(self) -> tuple[float, float]:
+        """Accuracy expected of the merged adapter less the first one's, mean over classes, and its standard error."""
+        differences, squares, variance = self.evidence.tolist()
+        scale = math.log(len(self.method.adapters)) / squares if squares else 0.0
+        return scale * differences, scale * math.sqrt(variance)
 
     @property
     def chosen(self) -> bool:
-        """Whether the first adapter is expected to classify better, by more than a margin."""
-        return self.advantage < -MARGIN
+        """Whether the first adapter is to be used."""
+        advantage, error = self.advantage
+        return bool(self.evidence[1] > 0) and advantage <= error
 
     def state(self) -> dict[str, Tensor]:
         """All there is to know after a task, as tensors: what `restore` takes."""
@@ -111,12 +112,16 @@ class Fallback:
         count = len(self.method.adapters) - 1
         if count > 1 and new.any():
             own, solve = labels[new], self.method.analytic_heads
-            alone = held_out_accuracy(self.statistics, first[:, new], own, solve)
-            newest = held_out_accuracy(merged, before[:, new], own, solve)
-            oldest = held_out_accuracy(merged, before[:, new], own, solve, means=self._moved(first[:, new]))
+            alone = held_out_hits(self.statistics, first[:, new], own, solve)
+            newest = held_out_hits(merged, before[:, new], own, solve)
+            oldest = held_out_hits(merged, before[:, new], own, solve, means=self._moved(first[:, new]))
             age, growth = mean_age(count), math.log(count)
-            difference = age * oldest + (1 - age) * newest - alone
-            self.evidence += len(own.unique()) * growth * torch.tensor([difference, growth])
+            differences = age * oldest + (1 - age) * newest - alone
+            for label in own.unique():
+                part = differences[own == label]
+                self.evidence += growth * torch.tensor(
+                    [part.mean(), growth, growth * part.var(correction=0) / len(part)]
+                )
         self.take_in(first, labels)
 
     def follow(self, step: AffineMap) -> None:
