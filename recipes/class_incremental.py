@@ -360,7 +360,7 @@ def finish(
     )
     fell_back = getattr(method, "fell_back", False)
     if fell_back:
-        print("The first task's adapter is in the merged one's place: it is expected to classify better.")
+        print("The first task's adapter is in the merged one's place, which is not expected to classify better.")
     adapters = list(method.model.peft_config) if args.save_task_adapters else method.inference_adapters
     trained_backbone = model_args.model_name_or_path is None or getattr(method_args, "train_backbone", False)
     save_model(method.model, args.output_dir, adapters, image_processor, save_backbone=trained_backbone)

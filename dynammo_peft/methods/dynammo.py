@@ -63,8 +63,9 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
     fall_back: Optional[bool] = field(
         default=None,
         metadata={
-            "help": "Put the first task's adapter in the place of the merged one after each task for which it is "
-            "expected to classify better; needs heads in closed form. The default, but for a merge that is asked for."
+            "help": "Put the first task's adapter in the place of the merged one after each task, unless the merged "
+            "one is expected to classify better; needs heads in closed form. The default, but for a merge that is "
+            "asked for."
         },
     )
     exemplars_as_others: Optional[bool] = field(
@@ -110,8 +111,8 @@ class Dynammo(TwoStageMethod):
 
     Inference is one forward pass for any number of tasks. By default the heads are fitted in closed form to class
     statistics: mean and covariance of features of several layers, moved into the new feature space at each merge. With
-    `DynammoConfig(preset="paper")` they are trained on the exemplars. Where the first task's adapter is expected to
-    classify better than the merged one, it takes that one's place until the next task ([`Fallback`]).
+    `DynammoConfig(preset="paper")` they are trained on the exemplars. Unless the merged adapter is expected to
+    classify better than the first task's, that one takes its place until the next task ([`Fallback`]).
 
     Classes may come back in later tasks: their adapter joins the merge, their statistics and exemplars take the new
     images in, and they keep their place among the logits.

@@ -1,4 +1,4 @@
-"""Back to the first task's adapter where merging is expected to lose: judged after each task, without old images."""
+"""Back to the first task's adapter unless merging is expected to gain: judged after each task, without old images."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Fallback:
         self.statistics.update(features.flatten(0, 1), labels.repeat(len(features)))
 
     def put_first(self) -> None:
-        """Puts the first adapter in the place of the merged one, if it is expected to classify better."""
+        """Puts the first adapter in the place of the merged one, if it is chosen."""
         if self.chosen:
             self._swap()
             self.method.solve_heads(self.statistics)
