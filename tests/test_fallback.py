@@ -185,7 +185,6 @@ def test_it_judges_features_that_no_adapter_was_trained_on(scenario, monkeypatch
     learn_nothing(method, scenario[2])
     # Where the map of the one merge so far takes them, not where they are.
     moved = first @ path[:-1] + path[-1]
-    print((moved - before).abs().max(), (first - before).abs().max())
     assert (moved - before).abs().max() > 0.1
     for found, expected in zip(seen, [(alone, first, None), (merged, before, None), (merged, before, moved)]):
         torch.testing.assert_close(found[0].mean_matrix(), expected[0].mean_matrix())
