@@ -628,7 +628,7 @@ def test_feature_distillation_holds_the_merged_features(scenario):
             if task.index == 0:
                 before = method.features(scenario[0].test, "merged")
         moved[weight] = (method.features(scenario[0].test, "merged") - before).square().mean()
-    assert moved[100.0] < 0.5 * moved[0.0]
+    assert moved[100.0] < 0.7 * moved[0.0]
 
 
 def test_the_distillation_loss_is_the_change_of_features(scenario):

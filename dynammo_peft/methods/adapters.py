@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Optional
 
@@ -24,6 +25,9 @@ from .offload import AdapterFolder
 
 AdapterInit = Literal["previous", "first", "random"]
 
+# Images of a task, at most, that the scale of its features is measured on.
+SCALE_IMAGES = 1024
+
 
 @dataclass
 class AdapterMethodArguments(MethodArguments):
@@ -36,6 +40,13 @@ class AdapterMethodArguments(MethodArguments):
     )
     train_backbone: bool = field(
         default=False, metadata={"help": "Train the backbone in the first task too, then freeze it."}
+    )
+    standardise_features: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "Stage 1: the head reads features of zero mean and unit variance, and takes the change into its "
+            "weights afterwards, so that it learns as fast on any backbone. The default, but for preset='paper'."
+        },
     )
     adapter_optimizer: Optimizer = field(default="adamw", metadata={"help": "Stage 1: optimizer."})
     adapter_learning_rate: float = field(default=2e-3, metadata={"help": "Stage 1: learning rate."})
@@ -89,6 +100,8 @@ class AdapterMethod(Method):
         self.config = config if config is not None else DynammoConfig()
         if self.config.feature_modules is None and not self.reads_layers:
             self.config = replace(self.config, feature_modules=[])
+        asked = self.arguments.standardise_features
+        self.standardises: bool = asked if asked is not None else self.config.preset != "paper"
         self.adapters: list[str] = []
         # Where adapters are that are not in the model.
         self.folder: Optional[AdapterFolder] = None
@@ -123,6 +136,20 @@ class AdapterMethod(Method):
             self.copy_adapter(self.adapters[-1 if self.arguments.adapter_init == "previous" else 0], name)
         self.adapters.append(name)
         self.model.set_adapter(name)
+
+    @contextmanager
+    def standardised_features(self, images: LabelledImages) -> Iterator[None]:
+        """The newest adapter's head is trained on standardised features inside, if it is to be."""
+        if not self.standardises:
+            yield
+            return
+        name = self.adapters[-1]
+        # A scale needs few images, and they come sorted by class or not.
+        some = torch.linspace(0, len(images) - 1, min(len(images), SCALE_IMAGES)).long()
+        features = self.features(images.select(some), name)[0][:, : self.model.head.features]
+        self.model.set_adapter(name)
+        with self.model.standardised_features(features.to(self.accelerator.device)):
+            yield
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {"adapters": list(self.adapters)}, {}
@@ -267,8 +294,8 @@ class TwoStageMethod(AdapterMethod):
         def observe(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             return self.adapter_step(network, images, labels, task)
 
-        self.model.set_backbone_requires_grad(self.arguments.train_backbone and task.index == 0)
-        with self.model.head_output("last_layer_logits"):
+        with self.standardised_features(data), self.model.head_output("last_layer_logits"):
+            self.model.set_backbone_requires_grad(self.arguments.train_backbone and task.index == 0)
             yield Stage("adapter", self.model, data, observe, self.optimization["adapter"])
         self.model.set_backbone_requires_grad(False)
 

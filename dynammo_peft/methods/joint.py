@@ -60,8 +60,9 @@ class Joint(AdapterMethod):
             logits = network(pixel_values=images).logits
             return F.cross_entropy(logits.float(), labels), logits.argmax(dim=1) == labels
 
-        self.model.set_backbone_requires_grad(self.arguments.train_backbone and task.index == 0)
-        yield Stage("joint", self.model, data, observe, self.optimization["adapter"])
+        with self.standardised_features(data):
+            self.model.set_backbone_requires_grad(self.arguments.train_backbone and task.index == 0)
+            yield Stage("joint", self.model, data, observe, self.optimization["adapter"])
         self.model.set_backbone_requires_grad(False)
         self.model.set_adapter(self.adapters[-1], inference_mode=True)
 

@@ -22,6 +22,7 @@ from .labels import BaseLabels
 from .layer import DynammoHead, HeadOutput
 from .modes import adapters_bypassed, freeze_mode
 from .names import base_modules, check_adapter_name, find_base_module
+from .standardisation import Standardisation
 
 
 class HeadTuner(BaseTuner):
@@ -208,6 +209,23 @@ class HeadTuner(BaseTuner):
             yield
         finally:
             head.output = before
+
+    @contextmanager
+    def standardised_features(self, features: Tensor) -> Iterator[None]:
+        """Heads read what enters the classifier standardised; the active adapter's then takes that into its weights.
+
+        Args:
+            features (`Tensor`): What enters the classifier, `(N, C)`, to standardise by.
+        """
+        head = self.head
+        own = [head.dynammo_head[name] for name in head.active_adapters]
+        head.standardisation = standardisation = Standardisation.of(features)
+        try:
+            yield
+            for linear in own:
+                standardisation.fold(linear)
+        finally:
+            head.standardisation = None
 
     def unknown_score(self, pixel_values: Tensor) -> Tensor:
         """How likely images show no class of the active adapters, `(B,)`: see [`~tuner.heads.unknown_score`].

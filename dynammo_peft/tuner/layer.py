@@ -14,6 +14,7 @@ from .config import DynammoConfig
 from .features import FeatureTap
 from .head_config import HeadConfig, Scoring
 from .heads import class_logits, score_heads
+from .standardisation import Standardisation
 
 
 CANNOT_FOLD = (
@@ -208,6 +209,8 @@ class DynammoHead(WrappingLayer):
         self.taps = taps
         self.feature_modules: dict[str, list[str]] = {}
         self.output: HeadOutput = "scores"
+        # Set while a head is trained on what enters the classifier, standardised.
+        self.standardisation: Optional[Standardisation] = None
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.scoring: dict[str, Scoring] = {}
         self.dynammo_head = nn.ModuleDict()
@@ -329,6 +332,8 @@ class DynammoHead(WrappingLayer):
         features = features.to(head.weight.dtype)
         # In half precision, heads on many correlated features would lose what tells classes apart.
         with torch.autocast(features.device.type, enabled=False):
+            if self.standardisation is not None:
+                features = self.standardisation(features)
             if self.output.startswith("last_layer_logits"):
                 return F.linear(features[:, : self.features], head.weight[:, : self.features], head.bias)
             return head(features)
