@@ -62,7 +62,7 @@ accelerator.end_training()
 # One launch for all: most of its time is that of the imports.
 RUNS = [
     ("dynammo", {}),
-    # The features of this small network hardly vary: standardised, they would magnify rounding errors all the way down.
+    # Features of this small network hardly vary: standardised, they would magnify rounding errors all the way down.
     ("dynammo", {"heads": "exemplars", "train_backbone": True, "standardise_features": False}),
     ("dynammo", {"heads": "gaussians", "merge": "fisher"}),
     (
