@@ -183,5 +183,8 @@ def test_a_process_that_hangs_is_waited_for_no_longer_than_asked(tmp_path):
     assert time.monotonic() - start > 15
     printed, _ = running.communicate()
     assert running.returncode != 0
-    assert "Timed out waiting 20000ms" in printed
+    # What it waited for depends on the moment: data, a message, or, of several exchanges under way at once, one that
+    # another closed when it gave up.
+    given_up = ("waiting 20000ms", "timeout after 20000ms", "Application timeout caused pair closure")
+    assert any(message in printed for message in given_up), printed[-5000:]
     assert not (tmp_path / "run").exists()
