@@ -1,6 +1,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import get_peft_model
 from tiny import tiny_dataset, tiny_images, tiny_model, tiny_processor
 from torch import nn
 
@@ -109,6 +110,15 @@ def test_an_interrupted_stage_leaves_the_head_as_it_is(scenario):
         learning.throw(KeyboardInterrupt())
     assert head.standardisation is None
     assert torch.equal(head.dynammo_head[method.adapters[0]].weight, before)
+
+
+def test_a_model_without_a_head_is_refused():
+    model = get_peft_model(tiny_model("resnet_basic"), DynammoConfig())
+    with (
+        pytest.raises(ValueError, match="no head; give the configuration the `classes`"),
+        model.base_model.standardised_features(torch.randn(4, 8)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

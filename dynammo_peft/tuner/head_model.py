@@ -189,6 +189,11 @@ class HeadTuner(BaseTuner):
         """The layer that holds the heads, or `None` if no adapter has classes."""
         return next((module for module in self.model.modules() if isinstance(module, DynammoHead)), None)
 
+    def _required_head(self) -> DynammoHead:
+        if self.head is None:
+            raise ValueError("The model has no head; give the configuration the `classes` of the task.")
+        return self.head
+
     @contextmanager
     def head_output(self, output: HeadOutput) -> Iterator[None]:
         """Makes the model's `logits` something else for a while.
@@ -199,11 +204,12 @@ class HeadTuner(BaseTuner):
                 "others", `(B, sum of n_t + 1)`, for training. `"last_layer_logits"`: the part of them that comes from
                 what enters the classifier, without further layers, for training adapters all the way through the
                 backbone. `"features"`: what the heads read, `(B, C)`; with a `+`, one behind the other.
+
+        Raises:
+            ValueError: If the model has no head, or there is no such output.
         """
         check_choice("output", output, HeadOutput)
-        head = self.head
-        if head is None:
-            raise ValueError("The model has no head; give the configuration the `classes` of the task.")
+        head = self._required_head()
         before, head.output = head.output, output
         try:
             yield
@@ -216,8 +222,11 @@ class HeadTuner(BaseTuner):
 
         Args:
             features (`Tensor`): What enters the classifier, `(N, C)`, to standardise by.
+
+        Raises:
+            ValueError: If the model has no head.
         """
-        head = self.head
+        head = self._required_head()
         own = [head.dynammo_head[name] for name in head.active_adapters]
         head.standardisation = standardisation = Standardisation.of(features)
         try:
