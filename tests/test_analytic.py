@@ -68,3 +68,16 @@ def test_shrinkage_goes_to_the_diagonal():
     assert torch.linalg.matrix_rank(regularised(torch.zeros(3, 3).double(), 0.1)) == 3
     with pytest.raises(ValueError, match=r"shrinkage=-0\.1"):
         regularised(covariance, -0.1)
+
+
+def test_with_one_image_a_class_the_nearest_mean_wins():
+    features, labels = torch.eye(3, 5).double() * 2 + 7, torch.arange(3)
+    weight, bias = linear_discriminant(known(features, labels), 0.1)
+    logits = features @ weight.T + bias
+    distances = -torch.cdist(features, features).square() / 2
+    torch.testing.assert_close(logits.log_softmax(dim=1), distances.log_softmax(dim=1))
+    weight, bias = ridge_regression(known(features, labels), 0.1)
+    assert (features @ weight.T + bias).argmax(dim=1).tolist() == [0, 1, 2]
+    # One image in all.
+    for solve in (linear_discriminant, ridge_regression):
+        assert all(torch.isfinite(part).all() for part in solve(known(features[:1], labels[:1]), 0.1))

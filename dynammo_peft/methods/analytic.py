@@ -12,7 +12,7 @@ def regularised(covariance: Tensor, shrinkage: float) -> Tensor:
     """A covariance shrunk towards its diagonal: features differ too much in scale for a multiple of the identity.
 
     Args:
-        covariance (`Tensor`): `(C, C)`.
+        covariance (`Tensor`): `(C, C)`; that of single images, which is zero, says nothing and becomes the identity.
         shrinkage (`float`): Share of the diagonal, from 0 to 1.
 
     Raises:
@@ -21,6 +21,8 @@ def regularised(covariance: Tensor, shrinkage: float) -> Tensor:
     if not 0 <= shrinkage <= 1:
         raise ValueError(f"shrinkage={shrinkage} must be at least 0 and at most 1.")
     diagonal = covariance.diagonal()
+    if not diagonal.any():
+        return torch.eye(len(covariance), dtype=covariance.dtype)
     # A feature that never varies would make the matrix singular.
     floor = 1e-6 * diagonal.mean() + torch.finfo(covariance.dtype).tiny
     return (1 - shrinkage) * covariance + torch.diag(shrinkage * diagonal + floor)
