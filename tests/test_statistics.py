@@ -19,6 +19,12 @@ def drawn(count=90, features=5, classes=3, seed=0):
     return means[labels] + torch.einsum("nc,ncd->nd", noise, spread[labels]), labels
 
 
+def known(features=5, **options):
+    statistics = ClassStatistics(**options)
+    statistics.update(*drawn(features=features))
+    return statistics
+
+
 def direct(features, labels, label):
     """Mean and covariance by PyTorch."""
     own = features[labels == label].double()
@@ -258,9 +264,54 @@ def test_a_class_with_too_few_images_takes_the_pooled_covariance_and_is_named():
         statistics.class_covariance(0, pooled)
 
 
+def test_a_sparse_class_is_drawn_from_the_pooled_covariance_wherever_it_comes():
+    generator = torch.Generator().manual_seed(8)
+    scale = torch.tensor([10.0, 1.0, 0.1]).repeat_interleave(50)[:, None]
+    features, labels = torch.randn(150, 4, generator=generator) * scale, torch.arange(3).repeat_interleave(50)
+    chosen = (labels != 1) | (torch.arange(150) % 50 < 2)
+    statistics = ClassStatistics("class")
+    statistics.update(features[chosen], labels[chosen])
+    pooled = statistics.pooled_covariance()
+    for order in ([1], [0, 1], [2, 1], [1, 2, 1]):
+        with pytest.warns(UserWarning, match="Class 1 has 2 images"):
+            drawn = statistics.sample(order, 20000, generator=torch.Generator().manual_seed(0))
+        spread = drawn[order.index(1)].double().var(dim=0)
+        torch.testing.assert_close(spread, pooled.diagonal(), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"covariance": "class"}, {"covariance": "class", "rank": 5}])
+def test_several_views_of_an_image_count_as_one(options):
+    features, labels = drawn()
+    views = torch.stack([features, features + 0.1 * features.flip(0)])
+    statistics, flat = ClassStatistics(**options), ClassStatistics(**options)
+    for part in torch.arange(90).chunk(3):
+        statistics.update(views[:, part], labels[part])
+    flat.update(views.flatten(0, 1), labels.repeat(2))
+    assert statistics.counts == {0: 30, 1: 30, 2: 30}
+    torch.testing.assert_close(statistics.mean_matrix(), flat.mean_matrix())
+    torch.testing.assert_close(statistics.pooled_covariance(), flat.pooled_covariance())
+    # Two images do not become four by being looked at twice.
+    few = ClassStatistics("class")
+    few.update(views[:, :6], labels[:6])
+    with pytest.warns(UserWarning, match="Class 0 has 2 images"):
+        few.class_covariance(0, few.pooled_covariance())
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
+        (lambda: ClassStatistics().update(torch.ones(3, 2), torch.zeros(2)), ["(3, 2)", "(2,)"]),
+        (lambda: ClassStatistics().update(torch.ones(2), torch.zeros(2)), ["(N, C)", "(2,)"]),
+        (lambda: known().update(torch.ones(3, 2), torch.zeros(3)), ["2 columns", "5"]),
+        (lambda: known().combine([known(covariance="class")]), ["covariance='class'", "covariance='shared'"]),
+        (lambda: known().combine([known(rank=2)]), ["rank=2", "rank=None"]),
+        (lambda: known().combine([known(features=4)]), ["4", "5", "features"]),
+        (lambda: known().sample([0, 7], 2), ["class 7", "[0, 1, 2]"]),
+        (lambda: known(covariance="class").class_covariance(7, torch.eye(5)), ["class 7"]),
+        (lambda: ClassStatistics().state(), ["No class is known"]),
+        (lambda: ClassStatistics().mean_matrix(), ["No class is known"]),
+        (lambda: ClassStatistics().pooled_covariance(), ["No class is known"]),
+        (lambda: ClassStatistics().sample([], 2), ["No class is known"]),
         (lambda: ClassStatistics("diagonal"), ["covariance='diagonal'", "'shared'", "'class'"]),
         (lambda: ClassStatistics(rank=0), ["rank=0", "at least 1"]),
         (lambda: ClassStatistics().update(torch.tensor([[torch.nan]]), torch.tensor([0])), ["NaN"]),

@@ -8,13 +8,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Literal, Optional, Union
 
 import torch
 from torch import Tensor
 
 from .drift import AffineMap
+from .scatter import LowRankScatter, Scatter
 
 
 Covariance = Literal["shared", "class"]
@@ -22,75 +22,6 @@ Covariance = Literal["shared", "class"]
 # A class with fewer images takes the covariance of all classes.
 FEWEST_IMAGES = 4
 SHARED = -1
-
-
-@dataclass
-class Scatter:
-    """The sum over features of the outer products of their deviations from their class means, `(C, C)`."""
-
-    matrix: Tensor
-
-    @classmethod
-    def zeros(cls, features: int) -> Scatter:
-        """Of no features."""
-        return cls(torch.zeros(features, features, dtype=torch.float64))
-
-    def add(self, rows: Tensor) -> None:
-        """Adds deviations, `(N, C)`."""
-        self.matrix += rows.T @ rows
-
-    def add_scatter(self, other: Scatter) -> None:
-        """Adds another sum of the same kind."""
-        self.matrix += other.matrix
-
-    def move(self, affine_map: AffineMap, count: int) -> None:
-        """Moves it into another feature space; each of `count` features brings the map's error with it."""
-        self.matrix = affine_map.weight.T @ self.matrix @ affine_map.weight + count * affine_map.residual
-
-    def dense(self) -> Tensor:
-        """`(C, C)`."""
-        return self.matrix
-
-
-@dataclass
-class LowRankScatter:
-    """A `Scatter` of `rank` directions, and the exact variance of each feature: `factor.T @ factor + diag(diagonal)`.
-
-    Takes `(rank + 1) * C` numbers instead of `C * C`.
-    """
-
-    factor: Tensor
-    diagonal: Tensor
-    rank: int
-
-    @classmethod
-    def zeros(cls, features: int, rank: int) -> LowRankScatter:
-        """Of no features."""
-        return cls(torch.zeros(0, features, dtype=torch.float64), torch.zeros(features, dtype=torch.float64), rank)
-
-    def add(self, rows: Tensor) -> None:
-        """Adds deviations, `(N, C)`; what falls outside the leading directions goes to the diagonal."""
-        stacked = torch.cat([self.factor, rows])
-        if len(stacked) > self.rank:
-            _, values, vectors = torch.linalg.svd(stacked, full_matrices=False)
-            stacked = values[:, None] * vectors
-            self.diagonal = self.diagonal + stacked[self.rank :].square().sum(dim=0)
-        self.factor = stacked[: self.rank]
-
-    def add_scatter(self, other: LowRankScatter) -> None:
-        """Adds another sum of the same kind."""
-        self.diagonal = self.diagonal + other.diagonal
-        self.add(other.factor)
-
-    def move(self, affine_map: AffineMap, count: int) -> None:
-        """Moves it into another feature space; of what is not in the leading directions, the variances only."""
-        self.factor = self.factor @ affine_map.weight
-        spread = affine_map.weight.square().T @ self.diagonal
-        self.diagonal = spread + count * affine_map.residual.diagonal()
-
-    def dense(self) -> Tensor:
-        """`(C, C)`."""
-        return self.factor.T @ self.factor + torch.diag(self.diagonal)
 
 
 class ClassStatistics:
@@ -133,24 +64,30 @@ class ClassStatistics:
         """The classes known, in the order in which they came."""
         return list(self.counts)
 
+    @property
+    def features(self) -> int:
+        """Number of features `C`. Raises a `ValueError` if no class is known."""
+        self._check_known()
+        return len(next(iter(self.means.values())))
+
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Takes in features.
 
         Args:
-            features (`Tensor`): `(N, C)`.
-            labels (`Tensor`): Class of each, `(N,)`.
+            features (`Tensor`): `(N, C)`, or `(V, N, C)` of `V` views of each image, which counts as one all the same.
+            labels (`Tensor`): Class of each image, `(N,)`.
 
         Raises:
-            ValueError: If a feature is not finite.
+            ValueError: If a feature is not finite, or they do not fit the labels or those known.
         """
-        if not torch.isfinite(features).all():
-            raise ValueError("Features hold NaN or infinity; class statistics cannot be computed from them.")
+        self._check(features, labels)
+        views = len(features) if features.dim() == 3 else 1
         features, labels = features.detach().double().cpu(), labels.cpu()
         for label in labels.unique().tolist():
-            own = features[labels == label]
+            own = features[..., labels == label, :].flatten(0, -2)
             mean = own.mean(dim=0)
-            self._scatter(label, len(mean)).add(own - mean)
-            self._add_mean(label, len(own), mean)
+            self._scatter(label, len(mean)).add((own - mean) / views**0.5)
+            self._add_mean(label, len(own) // views, mean)
 
     def copy(self) -> ClassStatistics:
         """The same statistics, to be changed without these."""
@@ -165,12 +102,22 @@ class ClassStatistics:
 
         Args:
             others (`Iterable[ClassStatistics]`): As of other processes, in the same order on all of them.
+
+        Raises:
+            ValueError: If they have other options or features of another size.
         """
         combined = ClassStatistics(self.covariance, self.rank)
         for part in (self, *others):
+            if (part.covariance, part.rank) != (self.covariance, self.rank):
+                raise ValueError(
+                    f"Class statistics with covariance={part.covariance!r}, rank={part.rank} cannot be combined with "
+                    f"those with covariance={self.covariance!r}, rank={self.rank}."
+                )
+            if part.means and combined.means and part.features != combined.features:
+                raise ValueError(f"Class statistics of {part.features} and of {combined.features} features differ.")
             combined.names |= part.names
             for key, scatter in part._scatters.items():
-                combined._scatter(key, len(part.means[part.classes[0]])).add_scatter(scatter)
+                combined._scatter(key, part.features).add_scatter(scatter)
             for label in part.classes:
                 combined._add_mean(label, part.counts[label], part.means[label])
         return combined
@@ -183,7 +130,8 @@ class ClassStatistics:
             scatter.move(affine_map, sum(self.counts.values()) if key == SHARED else self.counts[key])
 
     def state(self) -> dict[str, Tensor]:
-        """All there is to know, as tensors: what `restore` takes."""
+        """All there is to know, as tensors: what `restore` takes. Raises a `ValueError` if no class is known."""
+        self._check_known()
         labels = self.classes
         tensors = {
             "classes": torch.tensor(labels),
@@ -223,11 +171,17 @@ class ClassStatistics:
         self._scatters = scatters
 
     def mean_matrix(self) -> Tensor:
-        """Means of all classes in the order of their numbers, `(N, C)`."""
+        """Means of all classes in the order of their numbers, `(N, C)`. Raises a `ValueError` if no class is known."""
+        self._check_known()
         return torch.stack([self.means[label] for label in sorted(self.means)])
 
     def pooled_covariance(self) -> Tensor:
-        """Covariance within classes, `(C, C)`: the shared one, or the mean over classes that have enough images."""
+        """Covariance within classes, `(C, C)`: the shared one, or the mean over classes that have enough images.
+
+        Raises:
+            ValueError: If no class is known.
+        """
+        self._check_known()
         if self.covariance == "shared":
             return self._scatters[SHARED].dense() / sum(self.counts.values())
         parts = [self._scatters[label].dense() / n for label, n in self.counts.items() if n >= FEWEST_IMAGES]
@@ -246,8 +200,9 @@ class ClassStatistics:
             `Tensor`: `(C, C)`; the pooled one if that is shared.
 
         Raises:
-            ValueError: If `shrinkage` is no share.
+            ValueError: If `shrinkage` is no share, or the class is not known.
         """
+        self._check_known([label])
         if shrinkage is not None and not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage={shrinkage} must be at least 0 and at most 1.")
         if self.covariance == "shared":
@@ -280,17 +235,40 @@ class ClassStatistics:
 
         Returns:
             `Tensor`: `(len(labels), count, C)`, `float32`.
+
+        Raises:
+            ValueError: If a class is not known.
         """
+        self._check_known(labels)
         pooled = self.pooled_covariance()
-        drawn, root = [], None
+        drawn, of_pooled = [], None
         for label in labels:
             covariance = self.class_covariance(label, pooled, shrinkage)
-            if root is None or covariance is not pooled:
-                values, vectors = torch.linalg.eigh(covariance)
-                root = vectors * values.clamp(min=0).sqrt()
+            if covariance is not pooled:
+                root = _square_root(covariance)
+            else:
+                root = of_pooled = _square_root(pooled) if of_pooled is None else of_pooled
             noise = torch.randn(count, len(root), dtype=torch.float64, generator=generator)
             drawn.append((self.means[label] + noise @ root.T).float())
         return torch.stack(drawn)
+
+    def _check_known(self, labels: Sequence[int] = ()) -> None:
+        if not self.means:
+            raise ValueError("No class is known yet; `update` the class statistics with features first.")
+        for label in labels:
+            if label not in self.means:
+                raise ValueError(f"Nothing is known of class {label}; known are {sorted(self.means)}.")
+
+    def _check(self, features: Tensor, labels: Tensor) -> None:
+        if features.dim() not in (2, 3) or labels.shape != features.shape[-2:-1]:
+            raise ValueError(
+                f"Features must be (N, C) or (V, N, C) and labels (N,), got {tuple(features.shape)} and "
+                f"{tuple(labels.shape)}."
+            )
+        if self.means and features.shape[-1] != self.features:
+            raise ValueError(f"Features have {features.shape[-1]} columns, those known {self.features}.")
+        if not torch.isfinite(features).all():
+            raise ValueError("Features hold NaN or infinity; class statistics cannot be computed from them.")
 
     def _scatter(self, label: int, features: int) -> Union[Scatter, LowRankScatter]:
         key = SHARED if self.covariance == "shared" else label
@@ -310,6 +288,12 @@ class ClassStatistics:
         total, shift = old + count, mean - self.means[label]
         self._scatter(label, len(mean)).add((old * count / total) ** 0.5 * shift[None])
         self.counts[label], self.means[label] = total, self.means[label] + count / total * shift
+
+
+def _square_root(covariance: Tensor) -> Tensor:
+    """A matrix that makes white noise have this covariance, `(C, C)`."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt()
 
 
 def _of_width(tensors: Mapping[str, Tensor], name: str, features: int) -> Tensor:

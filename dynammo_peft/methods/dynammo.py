@@ -327,13 +327,12 @@ class Dynammo(TwoStageMethod):
             heads (`nn.Linear`): The merged adapter's.
             features (`Tensor`): Of the task's training images under the merged adapter, `(V, N, C)`.
         """
-        labels = task.train.labels.repeat(len(features))
         if self.statistics is not None:
-            self.statistics.update(features.flatten(0, 1), labels)
+            self.statistics.update(features, task.train.labels)
         if self.heads in ANALYTIC_HEADS:
             self.solve_heads(self.statistics)
         elif task.index > 0 and self.heads == "gaussians":
-            yield from self.train_heads(heads, *self._samples(task, features.flatten(0, 1), labels))
+            yield from self.train_heads(heads, *self._samples(task, features))
         elif task.index > 0:
             balanced = self.memory.images_of(self.class_names)
             features = self.features(balanced, MERGED, self.views)
@@ -352,8 +351,7 @@ class Dynammo(TwoStageMethod):
         """Learns merge weights in place of equal ones; `features` are those before, the return value those after."""
         statistics = self.statistics.copy() if self.statistics is not None else None
         if statistics is not None:
-            new = features[:, : len(task.train)]
-            statistics.update(new.flatten(0, 1), task.train.labels.repeat(len(new)))
+            statistics.update(features[:, : len(task.train)], task.train.labels)
         if self.heads in ANALYTIC_HEADS:
             self.solve_heads(statistics)
         self.merging.learn_weights(self.adapters, MERGED, shown, statistics)
@@ -362,8 +360,10 @@ class Dynammo(TwoStageMethod):
             self._move_statistics(features, learned, shown.labels)
         return learned
 
-    def _samples(self, task: Task, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _samples(self, task: Task, features: Tensor) -> tuple[Tensor, Tensor]:
         """As many features of each class: of old classes drawn from their Gaussians, of new ones from their images.
+
+        `features` are those of the task's training images, `(V, N, C)`.
 
         A class that came back is an old one: its Gaussian is that of all its images.
         """
@@ -372,6 +372,6 @@ class Dynammo(TwoStageMethod):
         generator = torch.Generator().manual_seed(self.arguments.seed + task.index)
         parts = list(self.statistics.sample(old, count, generator=generator))
         for label in task.new_classes:
-            own = features[labels == label]
+            own = features[:, task.train.labels == label].flatten(0, 1)
             parts.append(own[torch.randint(len(own), (count,), generator=generator)])
         return torch.cat(parts), torch.tensor([*old, *task.new_classes]).repeat_interleave(count)

@@ -135,7 +135,7 @@ class Fallback:
 
     def take_in(self, features: Tensor, labels: Tensor) -> None:
         """Updates the statistics by features under the first adapter, `(V, N, C)`, of images with labels `(N,)`."""
-        self.statistics.update(features.flatten(0, 1), labels.repeat(len(features)))
+        self.statistics.update(features, labels)
 
     def put_first(self) -> None:
         """Puts the first adapter in the place of the merged one, if it is chosen."""

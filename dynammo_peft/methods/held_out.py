@@ -34,7 +34,7 @@ def held_out_hits(
     right = torch.zeros(len(labels), dtype=torch.bool)
     for shown in _halves(labels):
         known = statistics.copy()
-        known.update(features[:, shown].flatten(0, 1), labels[shown].repeat(len(features)))
+        known.update(features[:, shown], labels[shown])
         if means is not None:
             for label in labels[shown].unique().tolist():
                 known.means[label] = means[:, shown & (labels == label)].double().mean(dim=(0, 1))
