@@ -162,6 +162,34 @@ def test_command_line_wins_over_the_file(tmp_path):
     assert model_args.config_overrides == {"depths": [1]}
 
 
+@pytest.mark.parametrize(
+    ("stage", "options", "rates"),
+    [
+        ("adapter", [], {0: 1e-2, 69: 1e-2, 70: 1e-3, 129: 1e-3, 130: 1e-4, 169: 1e-4, 170: 1e-5, 199: 1e-5}),
+        ("head", [], {0: 1e-3, 54: 1e-3, 55: 1e-4, 79: 1e-4, 80: 1e-5, 99: 1e-5}),
+        (
+            "head",
+            ["--head_epochs", "50", "--head_milestones", "0.3", "0.7"],
+            {0: 1e-3, 14: 1e-3, 15: 1e-4, 34: 1e-4, 35: 1e-5, 49: 1e-5},
+        ),
+    ],
+)
+def test_the_papers_recipe_trains_as_the_paper(stage, options, rates):
+    _, model_args, _, method_args = parse_arguments([str(ROOT / "recipes" / "paper.yaml"), *options])
+    assert model_args.preset == "paper"
+    optimization = method_args.optimization(stage)
+    assert optimization.epochs == max(rates) + 1
+    optimizer, schedule = optimization.make(torch.nn.Linear(2, 2), optimization.epochs)
+    assert (type(optimizer).__name__, optimization.weight_decay) == (
+        ("SGD", 5e-4) if stage == "adapter" else ("Adam", 0.0)
+    )
+    for epoch in range(optimization.epochs):
+        if epoch in rates:
+            assert schedule.get_last_lr()[0] == pytest.approx(rates[epoch])
+        optimizer.step()
+        schedule.step()
+
+
 def test_every_recipe_file_holds_only_options_that_exist():
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         parse_arguments([str(path)])
