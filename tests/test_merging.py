@@ -265,7 +265,11 @@ def test_cost_does_not_grow_with_the_number_of_tasks(name):
         ({"weights": [1.0, float("nan")]}, "finite.*nan"),
         ({"weights": [1.0, float("inf")]}, "finite.*inf"),
         ({"weights": [0.0, 0.0]}, "not all zero"),
-        ({"weights": [1.5, -0.5], "combination_type": "uniform"}, "not be negative for a mean.*-0.5"),
+        ({"weights": 0.5}, "weights=0.5 must be a list of numbers"),
+        (
+            {"weights": [1.5, -0.5], "combination_type": "fisher", "fisher": [{}, {}]},
+            "not be negative for a mean.*-0.5",
+        ),
         ({"combination_type": "tie"}, "combination_type='tie' does not exist.*'linear'.*'ties'"),
         ({"combination_type": "ties"}, "'ties' needs the option 'density'; .*majority_sign_method, base"),
         ({"combination_type": "ties", "density": 2}, "density=2"),
