@@ -351,6 +351,23 @@ def test_which_weights_may_be_negative():
     assert len(WEIGHTED) == 7
 
 
+@pytest.mark.parametrize("name", ["uniform", "running_mean", "exponential_moving_average"])
+def test_means_that_take_no_weights_are_given_none(name):
+    function = COMBINATIONS[name]
+    message = (
+        f"combination_type='{name}' takes no weights, got weights=.0.9, 0.1.; leave them out.* 'linear', 'fisher'"
+    )
+    with pytest.raises(ValueError, match=message):
+        function.check_weights([0.9, 0.1], 2)
+    merged = function(random_adapters(2), function.check_weights(None, 2), **OPTIONS.get(name, {}))
+    assert merged.keys() == SHAPES.keys()
+    # A count is checked all the same.
+    merged = function(random_adapters(2), torch.zeros(2), **OPTIONS.get(name, {}))
+    assert merged["conv"].isfinite().all()
+    with pytest.raises(ValueError, match="3 weights for 2 adapters"):
+        function(random_adapters(2), torch.ones(3), **OPTIONS.get(name, {}))
+
+
 def test_the_check_leaves_derivatives_alone():
     adapters, weights = random_adapters(2), torch.tensor([0.3, 0.7])
     expected = torch.stack([own["weight"] for own in adapters], dim=-1)

@@ -270,6 +270,7 @@ def test_cost_does_not_grow_with_the_number_of_tasks(name):
             {"weights": [1.5, -0.5], "combination_type": "fisher", "fisher": [{}, {}]},
             "not be negative for a mean.*-0.5",
         ),
+        ({"weights": [0.9, 0.1], "combination_type": "uniform"}, "'uniform' takes no weights, got .*0.9, 0.1"),
         ({"combination_type": "tie"}, "combination_type='tie' does not exist.*'linear'.*'ties'"),
         ({"combination_type": "ties"}, "'ties' needs the option 'density'; .*majority_sign_method, base"),
         ({"combination_type": "ties", "density": 2}, "density=2"),

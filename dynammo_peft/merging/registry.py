@@ -75,6 +75,12 @@ class MergeFunction:
         """Merge weights as a tensor, `(count,)`; those that the function has by default if none are given."""
         if weights is None:
             return torch.full((count,), self.default_weight or 1 / count, dtype=torch.float64)
+        if self.proportions is not None:
+            able = ", ".join(repr(name) for name, known in COMBINATIONS.items() if known.proportions is None)
+            raise ValueError(
+                f"combination_type={self.name!r} takes no weights, got weights={weights!r}; leave them out, or choose "
+                f"one of {able}."
+            )
         return check_weights(weights, count, allow_negative=not self.averages)
 
 
