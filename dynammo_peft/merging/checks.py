@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from peft import PeftConfig
@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .adapters import AdaptedModel, adapted_base, adapter_layers, tensors_of_adapters
+from .adapters import AdaptedModel, AdapterTensors, adapted_base, adapter_layers, tensors_of_adapters
 from .state import tuner_of
 
 
@@ -169,23 +169,41 @@ def _unordered(value: Any) -> Any:
 
 
 def _check_tensors(model: AdaptedModel, adapters: Sequence[str]) -> None:
-    shapes = [
-        {key: tuple(tensor.shape) for key, tensor in own.items()} for own in tensors_of_adapters(model, adapters)
-    ]
-    if not shapes[0]:
+    tensors = tensors_of_adapters(model, adapters)
+    if not tensors[0]:
         raise ValueError(f"Adapter {adapters[0]!r} has no tensors that could be merged.")
-    for name, own in zip(adapters[1:], shapes[1:]):
-        if own == shapes[0]:
+    first = model.peft_config[adapters[0]]
+    for name, own in zip(adapters[1:], tensors[1:]):
+        if _shapes(own) == _shapes(tensors[0]):
             continue
-        configs = model.peft_config[adapters[0]], model.peft_config[name]
-        for field in _differing_fields(*configs):
+        config = model.peft_config[name]
+        for field in _differing_fields(first, config):
             if field in TARGET_FIELDS:
-                _raise_differing(adapters[0], name, field, getattr(configs[0], field), getattr(configs[1], field))
-        key = next(key for key in {**shapes[0], **own} if shapes[0].get(key) != own.get(key))
-        _raise_differing(adapters[0], name, f"the shape of {key}", shapes[0].get(key), own.get(key))
+                _raise_differing(adapters[0], name, field, getattr(first, field), getattr(config, field))
+    check_shapes(tensors, adapters)
 
 
-def _raise_differing(first: str, second: str, field: str, first_value: Any, second_value: Any) -> None:
+def check_shapes(adapters: Sequence[AdapterTensors], names: Sequence[Union[str, int]]) -> None:
+    """Raises a `ValueError` unless the tensors of all adapters have the names and shapes of the first one's.
+
+    Args:
+        adapters (`Sequence[AdapterTensors]`): The adapters' tensors; at least one adapter.
+        names (`Sequence[Union[str, int]]`): What to call the adapters.
+    """
+    shapes = [_shapes(own) for own in adapters]
+    for name, own in zip(names[1:], shapes[1:]):
+        for key in {**shapes[0], **own}:
+            if shapes[0].get(key) != own.get(key):
+                _raise_differing(names[0], name, f"the shape of {key}", shapes[0].get(key), own.get(key))
+
+
+def _shapes(tensors: AdapterTensors) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def _raise_differing(
+    first: Union[str, int], second: Union[str, int], field: str, first_value: Any, second_value: Any
+) -> None:
     raise ValueError(
         f"Adapters {first!r} and {second!r} differ in {field} ({first_value!r} and {second_value!r}); give both the "
         "same."
