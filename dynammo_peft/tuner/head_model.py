@@ -342,7 +342,7 @@ class HeadTuner(BaseTuner):
         # Before the comparison of fields, of which some follow from having a head.
         if len({self.peft_config[name].classes is None for name in adapters if name in self.peft_config}) > 1:
             raise ValueError(f"Of adapters {', '.join(adapters)} only some have a head; give all of them `classes`.")
-        self._check_alike(adapters)
+        self._check_alike(adapters, HeadConfig.merge_fields)
         twice = next((name for place, name in enumerate(adapters) if name in adapters[:place]), None)
         if twice is not None and self.peft_config[twice].classes is not None:
             raise ValueError(f"Adapter {twice!r} is named twice; name each adapter with a head once.")
@@ -361,15 +361,15 @@ class HeadTuner(BaseTuner):
         config = self.peft_config[first]
         return replace(config, classes=heads or None, inference_mode=True, merge_weights=None, **changes)
 
-    def _check_alike(self, adapters: list[str]) -> None:
-        """Raises a `ValueError` unless all adapters exist and are built as the first."""
+    def _check_alike(self, adapters: list[str], further: Sequence[str] = ()) -> None:
+        """Raises a `ValueError` unless all adapters exist and are built as the first, and alike in further fields."""
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name!r} does not exist; there are {', '.join(self.peft_config)}.")
         first = self.peft_config[adapters[0]]
         for name in adapters[1:]:
             config = self.peft_config[name]
-            for field in first.build_fields:
+            for field in (*first.build_fields, *further):
                 if getattr(config, field) != getattr(first, field):
                     raise ValueError(
                         f"Adapters {adapters[0]!r} and {name!r} differ in {field} ({getattr(first, field)!r} and "
