@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -277,6 +278,8 @@ class HeadTuner(BaseTuner):
     def copy_adapter(self, source: str, target: str) -> None:
         """Copies the backbone's adapters of `source`, with their statistics, to `target`; heads are not copied.
 
+        With which weights `target` was merged before is forgotten: its configuration names those of `source`, if any.
+
         Args:
             source (`str`): Name of the adapter to copy from.
             target (`str`): Name of the adapter to copy to.
@@ -286,6 +289,7 @@ class HeadTuner(BaseTuner):
         """
         self._check_alike([source, target])
         set_adapter_tensors(self, target, adapter_tensors(self, source))
+        self.peft_config[target].merge_weights = copy.deepcopy(self.peft_config[source].merge_weights)
 
     def create_merged_adapter(self, adapters: list[str], adapter_name: str, **changes: Any) -> None:
         """Adds a frozen adapter with the heads of others side by side; its blocks' adapters are fresh.
