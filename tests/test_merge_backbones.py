@@ -241,6 +241,35 @@ def test_saved_and_loaded(tmp_path):
     assert torch.equal(logits_of(loaded, images), logits_of(merged, images))
 
 
+def vit(**changes):
+    config = copy.deepcopy(CONFIGS["vit"][0])
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return AutoModelForImageClassification.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_attention_heads": 4}, r"num_attention_heads \(2 and 4\)"),
+        ({"hidden_act": "relu"}, r"hidden_act \('gelu' and 'relu'\)"),
+        ({"layer_norm_eps": 1e-3}, r"layer_norm_eps \(1e-12 and 0.001\)"),
+    ],
+)
+def test_backbones_of_the_same_shapes_that_compute_something_else(changes, message):
+    with pytest.raises(ValueError, match=f"The models differ in {message}.*both need one architecture"):
+        merge_backbones(vit(), vit(**changes))
+
+
+def test_what_backbones_may_differ_in(tmp_path):
+    second = vit(hidden_dropout_prob=0.1, initializer_range=0.1, problem_type="regression").bfloat16()
+    second.save_pretrained(tmp_path)
+    second = AutoModelForImageClassification.from_pretrained(tmp_path, output_hidden_states=True)
+    assert (second.dtype, second.config.architectures) == (torch.bfloat16, ["ViTForImageClassification"])
+    merged, _ = merge_backbones(vit(), second)
+    assert merged.dtype is torch.float32
+
+
 def resnet(width=64, depth=2):
     config = {"hidden_sizes": [16, 32, 48, width], "depths": [1, 1, depth, 1], "layer_type": "basic"}
     return AutoModelForImageClassification.from_config(ResNetConfig(embedding_size=16, **config))
@@ -258,6 +287,8 @@ def resnet(width=64, depth=2):
         ),
         (lambda: resnet(depth=1), {}, r"differ in \d+ tensors: '\S+stages.2.layers.1\S+' .*\(48, 48, 3, 3\) and None"),
         (None, {"weights": 0.5, "batches": [1]}, "either weights or batches.*not both"),
+        (None, {"num_labels": 0}, "num_labels=0 must be at least 1; None keeps the first model's classifier"),
+        (None, {"num_labels": -2, "weights": 0.5}, "num_labels=-2 must be at least 1"),
         (None, {"weights": 1.5}, "weights=1.5 must be between 0 and 1"),
         (None, {"weights": -0.5}, "weights=-0.5 must be between 0 and 1"),
         (None, {"granularity": "kernel"}, "granularity='kernel'.*'task', 'layer', 'channel'"),

@@ -1,5 +1,8 @@
 """Merge functions on plain tensors, against closed forms and PEFT's own arithmetic."""
 
+import math
+import re
+
 import pytest
 import torch
 from peft.utils import merge_utils
@@ -295,6 +298,89 @@ def test_check_weights():
     assert COMBINATIONS["ties"].check_weights(None, 2).tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("weights", [0.5, "ab", ["a", "b"], {"a": 1.0, "b": 2.0}, [[1.0], [2.0]]])
+def test_weights_that_are_no_numbers(weights):
+    with pytest.raises(ValueError, match=rf"weights={re.escape(repr(weights))} must be a list of numbers; give one"):
+        check_weights(weights, 2)
+
+
+# What each of them cannot do without; the values matter to none of the tests that use it.
+OPTIONS = {
+    "ties": {"density": 0.5},
+    "dare_linear": {"density": 0.5},
+    "dare_ties": {"density": 0.5},
+    "magnitude_prune": {"density": 0.5},
+    "fisher": {"fisher": [{key: torch.ones(shape) for key, shape in SHAPES.items()}] * 2},
+    "regmean": {"grams": [{}] * 2},
+    "running_mean": {"count": 1},
+    "exponential_moving_average": {"decay": 0.5},
+}
+WEIGHTED = [name for name in COMBINATIONS if COMBINATIONS[name].proportions is None]
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ([1.0], "1 weights for 2 adapters; give one weight for each adapter"),
+        ([[1.0, 2.0], [1.0, 2.0]], r"weights of shape \(2, 2\) for 2 adapters; give one weight for each adapter"),
+        ([1.0, math.nan], r"finite and not all zero, got \[1.0, nan\]"),
+        ([math.inf, 1.0], "finite and not all zero"),
+        ([0.0, 0.0], "finite and not all zero"),
+    ],
+)
+@pytest.mark.parametrize("name", [*WEIGHTED, "average_statistics"])
+def test_functions_check_their_weights(name, weights, message):
+    adapters = random_adapters(2)
+    with pytest.raises(ValueError, match=message):
+        if name == "average_statistics":
+            average_statistics([own["scale"] for own in adapters], torch.tensor(weights))
+        else:
+            COMBINATIONS[name].function(adapters, torch.tensor(weights), **OPTIONS.get(name, {}))
+
+
+def test_which_weights_may_be_negative():
+    adapters, weights = random_adapters(2), torch.tensor([1.0, -3.0])
+    for name in WEIGHTED:
+        if COMBINATIONS[name].averages:
+            with pytest.raises(
+                ValueError, match=r"must not be negative for a mean of the adapters, got \[1.0, -3.0\]"
+            ):
+                COMBINATIONS[name].function(adapters, weights, **OPTIONS[name])
+        else:
+            COMBINATIONS[name].function(adapters, weights, **OPTIONS.get(name, {}))
+    assert len(WEIGHTED) == 7
+
+
+@pytest.mark.parametrize("name", ["uniform", "running_mean", "exponential_moving_average"])
+def test_means_that_take_no_weights_are_given_none(name):
+    function = COMBINATIONS[name]
+    message = (
+        f"combination_type='{name}' takes no weights, got weights=.0.9, 0.1.; leave them out.* 'linear', 'fisher'"
+    )
+    with pytest.raises(ValueError, match=message):
+        function.check_weights([0.9, 0.1], 2)
+    merged = function(random_adapters(2), function.check_weights(None, 2), **OPTIONS.get(name, {}))
+    assert merged.keys() == SHAPES.keys()
+    # A count is checked all the same.
+    merged = function(random_adapters(2), torch.zeros(2), **OPTIONS.get(name, {}))
+    assert merged["conv"].isfinite().all()
+    with pytest.raises(ValueError, match="3 weights for 2 adapters"):
+        function(random_adapters(2), torch.ones(3), **OPTIONS.get(name, {}))
+
+
+def test_the_check_leaves_derivatives_alone():
+    adapters, weights = random_adapters(2), torch.tensor([0.3, 0.7])
+    expected = torch.stack([own["weight"] for own in adapters], dim=-1)
+
+    def merged(values):
+        return linear(adapters, values)["weight"]
+
+    torch.testing.assert_close(torch.func.jacrev(merged)(weights), expected)
+    torch.testing.assert_close(torch.func.jacfwd(merged)(weights), expected)
+    several = torch.stack([weights, 2 * weights])
+    torch.testing.assert_close(torch.func.vmap(merged)(several)[1], merged(2 * weights))
+
+
 @pytest.mark.parametrize(
     "name, options, message",
     [
@@ -303,6 +389,8 @@ def test_check_weights():
         ("magnitude_prune", {"density": 1.1}, r"density=1.1 must be in \[0, 1\]"),
         ("dare_linear", {"density": 0.0}, r"density=0.0 must be in \(0, 1\]"),
         ("dare_ties", {"density": float("nan")}, "density=nan"),
+        ("ties", {"density": "0.5"}, r"density='0.5' must be in \[0, 1\]"),
+        ("dare_linear", {"density": "0.5"}, r"density='0.5' must be in \(0, 1\]"),
         ("dare_ties", {"density": 0.5, "majority_sign_method": "x"}, "majority_sign_method='x'.*'frequency'"),
         (
             "ties",
@@ -311,6 +399,8 @@ def test_check_weights():
         ),
         ("ties", {"density": 0.5, "base": {"conv": torch.ones(1)}}, r"base has no tensor 'conv' of shape \(4, 3, 2"),
         ("running_mean", {"count": 0}, "count=0 must be at least 1"),
+        ("running_mean", {"count": "2"}, "count='2' must be at least 1"),
+        ("exponential_moving_average", {"decay": "0.5"}, "decay='0.5' must be between 0 and 1"),
         ("exponential_moving_average", {"decay": 1.5}, "decay=1.5 must be between 0 and 1"),
         ("fisher", {"fisher": []}, "fisher holds 0 entries for 3 adapters"),
         ("fisher", {"fisher": [{}] * 3}, r"fisher\[0\] holds nothing for 'conv'"),
@@ -318,7 +408,18 @@ def test_check_weights():
         ("regmean", {"grams": [{}]}, "grams holds 1 entries for 3 adapters"),
         ("regmean", {"grams": [{"weight": torch.eye(5)}, {}, {}]}, r"grams\[1\] holds nothing for 'weight'"),
         ("regmean", {"grams": [{"weight": torch.eye(6)}] * 3}, r"shape \(6, 6\) for 'weight'; .* \(5, 5\)"),
+        (
+            "regmean",
+            {"grams": [{"weight": torch.eye(5)}, {"weight": torch.full((5, 5), math.nan)}, {"weight": torch.eye(5)}]},
+            r"grams\[1\] holds NaN or infinity for 'weight'; measure it on finite images",
+        ),
+        (
+            "fisher",
+            {"fisher": [{key: torch.full(shape, math.inf) for key, shape in SHAPES.items()}] * 3},
+            r"fisher\[0\] holds NaN or infinity for 'conv'",
+        ),
         ("regmean", {"grams": [{}] * 3, "off_diagonal": 2}, "off_diagonal=2 must be between 0 and 1"),
+        ("regmean", {"grams": [{}] * 3, "off_diagonal": "1"}, "off_diagonal='1' must be between 0 and 1"),
     ],
 )
 def test_unusable_options(name, options, message):

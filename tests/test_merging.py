@@ -265,7 +265,12 @@ def test_cost_does_not_grow_with_the_number_of_tasks(name):
         ({"weights": [1.0, float("nan")]}, "finite.*nan"),
         ({"weights": [1.0, float("inf")]}, "finite.*inf"),
         ({"weights": [0.0, 0.0]}, "not all zero"),
-        ({"weights": [1.5, -0.5], "combination_type": "uniform"}, "not be negative for a mean.*-0.5"),
+        ({"weights": 0.5}, "weights=0.5 must be a list of numbers"),
+        (
+            {"weights": [1.5, -0.5], "combination_type": "fisher", "fisher": [{}, {}]},
+            "not be negative for a mean.*-0.5",
+        ),
+        ({"weights": [0.9, 0.1], "combination_type": "uniform"}, "'uniform' takes no weights, got .*0.9, 0.1"),
         ({"combination_type": "tie"}, "combination_type='tie' does not exist.*'linear'.*'ties'"),
         ({"combination_type": "ties"}, "'ties' needs the option 'density'; .*majority_sign_method, base"),
         ({"combination_type": "ties", "density": 2}, "density=2"),
@@ -280,6 +285,8 @@ def test_cost_does_not_grow_with_the_number_of_tasks(name):
         ({"adapters": ["task_000", "other_padding"]}, "differ in padding"),
         ({"adapters": ["task_000", "other_blocks"]}, "differ in target_modules"),
         ({"adapters": ["task_000", "excluded"]}, "differ in exclude_modules"),
+        ({"adapters": ["task_000", "other_size"]}, r"differ in image_size \(\[32, 32\] and \[16, 16\]\)"),
+        ({"adapters": ["task_000", "other_scoring"]}, r"differ in scoring \('log_odds' and 'min_others'\)"),
         ({"adapters": ["task_000", "no_head"]}, "task_000, no_head only some have a head"),
         ({"adapters": ["task_000", "task_000"]}, "'task_000' is named twice"),
         ({"adapter_name": "layers"}, "'layers'"),
@@ -293,6 +300,8 @@ def test_errors(arguments, message):
         "other_padding": {"classes": ["x"], "padding": 0},
         "other_blocks": {"classes": ["x"], "target_modules": ["layers.0"]},
         "excluded": {"classes": ["x"], "exclude_modules": ["layers.1"]},
+        "other_size": {"classes": ["x"], "image_size": 16},
+        "other_scoring": {"classes": ["x"], "scoring": "min_others"},
         "no_head": {},
     }
     for name in set(arguments.get("adapters", ())) & set(others):

@@ -16,13 +16,15 @@ from peft import (
     ShiraConfig,
     VeraConfig,
     get_peft_model,
+    get_peft_model_state_dict,
 )
 from peft.utils import merge_utils
 from tiny import tiny_images, tiny_model
 from torch import nn
 
-from dynammo_peft.merging import adapter_slots, adapter_tensors, merge_adapters
+from dynammo_peft.merging import adapted_base, adapter_slots, adapter_tensors, merge_adapters
 from dynammo_peft.merging import merge as merge_module
+from dynammo_peft.merging.checks import check_name_is_free
 
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -149,7 +151,8 @@ def test_lora_with_scalings_of_layers(arguments):
             magnitudes = [layer.lora_magnitude_vector[f"a{i}"].weight for i in range(2)]
             expected = 0.7 * magnitudes[0] - 1.5 * magnitudes[1]
             torch.testing.assert_close(layer.lora_magnitude_vector["merged"].weight, expected)
-    assert len(seen) == (3 if len(arguments) > 1 and "use_rslora" not in arguments else len(seen))
+    # One a rank and alpha: of queries, values and patches, or of all layers.
+    assert len(seen) == (3 if "rank_pattern" in arguments else 1)
 
 
 @torch.no_grad()
@@ -430,6 +433,26 @@ def test_unusable_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         merge_adapters(model, **{"adapters": ["a0", "a1"], **arguments})
     assert list(model.peft_config) == ["a0", "a1"]
+
+
+@pytest.mark.parametrize("name", ["weight", "layers", "0", "classifier", "lora_A", "base_layer", "modules_to_save"])
+def test_names_that_would_be_mixed_up(name):
+    model = with_adapters(*[LoraConfig(**LORA, modules_to_save=["classifier"]) for _ in range(2)])
+    with pytest.raises(ValueError, match=f"Adapter name '{name}' is the name of a part of the model"):
+        merge_adapters(model, ["a0", "a1"], adapter_name=name)
+    assert list(model.peft_config) == ["a0", "a1"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_names_of_adapters_are_no_obstacle(method):
+    config = METHODS[method]
+    model = with_adapters(*[type(config)(**config_arguments(config)) for _ in range(2)])
+    for name in ("merged", "merged"):
+        # Those of adapters that are or were there.
+        merge_adapters(model, ["a0"], adapter_name=name)
+        check_name_is_free(adapted_base(model), "a1")
+    merged = get_peft_model_state_dict(model, adapter_name="merged")
+    assert get_peft_model_state_dict(model, adapter_name="a0").keys() == merged.keys()
 
 
 def test_half_precision():

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_images, tiny_model
 
 from dynammo_peft import DynammoConfig
-from dynammo_peft.merging.recalibration import recalibrate
+from dynammo_peft.merging import recalibrate
 
 
 @pytest.fixture
@@ -66,6 +66,17 @@ def test_without_batches_nothing_changes(model):
     with pytest.raises(ValueError, match="batches holds no images"):
         recalibrate(model, "task_000", [])
     assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms(model), before))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_change_nothing(model, value):
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms(model)]
+    images = tiny_images("resnet_basic", 4)
+    images[3, 0, 5, 5] = value
+    with pytest.raises(ValueError, match="BatchNorm layers of adapter 'task_000' holds NaN or infinity.* the images"):
+        recalibrate(model, "task_000", [tiny_images("resnet_basic", 4), images])
+    for norm, own in zip(norms(model), before):
+        assert all(torch.equal(buffer, own[name]) for name, buffer in norm.named_buffers())
 
 
 def test_adapters_without_batch_norm_need_nothing():

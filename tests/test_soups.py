@@ -197,6 +197,27 @@ def test_snapshots_of_a_named_adapter(tmp_path):
         trainer_of(model, tmp_path, [CyclicSnapshots(steps_per_cycle=1)], max_steps=1).train()
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda own: {"b": own["a"], "count": own["count"]}, r"the shape of a \(\(1,\) and None\)"),
+        (lambda own: {**own, "b": own["a"]}, r"the shape of b \(None and \(1,\)\); give both the same"),
+        (lambda own: {**own, "a": torch.zeros(2)}, r"the shape of a \(\(1,\) and \(2,\)\)"),
+    ],
+)
+def test_adapters_that_are_not_alike(change, message):
+    first, second, other = points(1, 2, 3)
+    adapters = [first, second, change(other)]
+    for make in (average_adapters, lambda given: greedy_soup(given, near(0))):
+        with pytest.raises(ValueError, match=f"Adapters 0 and 2 differ in {message}"):
+            make(adapters)
+    with pytest.raises(ValueError, match=rf"Adapters '0.1\[0\]' and '0.2\[1\]' differ in {message}"):
+        hierarchical_soup({"0.1": [first], "0.2": [second, change(other)]}, lambda tensors: 0.0)
+    # No mean is made of groups that do not fit together, nor is one scored first.
+    with pytest.raises(ValueError, match=rf"Adapters '0.1\[0\]' and '0.2\[0\]' differ in {message}"):
+        hierarchical_soup({"0.1": [first], "0.2": [change(other)]}, lambda tensors: float("nan"))
+
+
 def test_unusable_arguments():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     for make in (CyclicSnapshots, lambda steps: cyclic_schedule(optimizer, steps)):
@@ -204,6 +225,8 @@ def test_unusable_arguments():
             make(0)
     with pytest.raises(ValueError, match="min_ratio=1.5 must be between 0 and 1"):
         cyclic_schedule(optimizer, 3, min_ratio=1.5)
+    with pytest.raises(ValueError, match="No adapters for a soup"):
+        average_adapters([])
     with pytest.raises(ValueError, match="No adapters for a soup"):
         greedy_soup([], near(0))
     with pytest.raises(ValueError, match="No adapters for a soup"):

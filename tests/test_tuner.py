@@ -824,6 +824,21 @@ def test_copy_adapter(name):
     assert_equal(adapter_state(model, "task_001"), target)
 
 
+def test_a_copy_names_the_merge_weights_of_what_was_copied():
+    model = adapted("vit")
+    model.add_adapter("task_001", DynammoConfig(classes=["owl"]))
+    first, second = model.peft_config["task_000"], model.peft_config["task_001"]
+    second.merge_weights = {"adapters": ["a"]}
+    model.base_model.copy_adapter("task_001", "task_000")
+    assert first.merge_weights == {"adapters": ["a"]}
+    second.merge_weights["adapters"].append("b")
+    assert first.merge_weights == {"adapters": ["a"]}
+    # Those of a merge that was overwritten are none of it.
+    second.merge_weights = None
+    model.base_model.copy_adapter("task_001", "task_000")
+    assert first.merge_weights is None
+
+
 @pytest.mark.parametrize(
     "target, arguments, message",
     [

@@ -21,6 +21,7 @@ from .learned import learn_merge_weights
 from .merge import combine, merge_adapters, merge_into
 from .objectives import gaussian_likelihood
 from .pruning import dare_linear, dare_ties, magnitude_prune, ties
+from .recalibration import recalibrate
 from .registry import COMBINATIONS, MergeFunction, check_weights, merge_function
 from .soups import (
     CyclicSnapshots,
@@ -67,6 +68,7 @@ __all__ = [
     "merge_backbones",
     "merge_function",
     "merge_into",
+    "recalibrate",
     "regmean",
     "running_mean",
     "set_adapter_tensors",

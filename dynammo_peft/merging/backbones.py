@@ -18,6 +18,24 @@ from .weights import MergeWeights
 
 
 BACKBONES = ("first", "second")
+# What may differ between the models' configurations, as it says nothing of what the backbones' tensors mean.
+FREE_FIELDS = {
+    "name",
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+}
+# Of names of fields that matter in training, or at its start, only.
+TRAINING_FIELDS = ("dropout", "drop_path", "initializer")
 
 
 def merge_backbones(
@@ -66,11 +84,13 @@ def merge_backbones(
         `"first"` and `"second"`.
 
     Raises:
-        ValueError: If the models are not alike, an option does not exist, both weights and batches are given, or the
-            batches are of no use.
+        ValueError: If the models are not alike, an option does not exist, both weights and batches are given,
+            `num_labels` is less than 1, or the batches are of no use.
     """
     if batches is not None and weights is not None:
         raise ValueError("Give merge_backbones either weights or batches to learn them on, not both.")
+    if num_labels is not None and num_labels < 1:
+        raise ValueError(f"num_labels={num_labels} must be at least 1; None keeps the first model's classifier.")
     _check_alike(first, second)
     with seeded(first, seed):
         merged = _with_head(first, num_labels)
@@ -175,7 +195,7 @@ def _same_head(first: PreTrainedModel, second: PreTrainedModel) -> bool:
 
 
 def _check_alike(first: PreTrainedModel, second: PreTrainedModel) -> None:
-    """Raises a `ValueError` unless both models have one class and backbones of the same shapes."""
+    """Raises a `ValueError` unless both models have one class and backbones of the same shapes and options."""
     if type(first) is not type(second):
         raise ValueError(
             f"The models are a {type(first).__name__} and a {type(second).__name__}; load both with one class."
@@ -187,3 +207,19 @@ def _check_alike(first: PreTrainedModel, second: PreTrainedModel) -> None:
         raise ValueError(
             f"The models' backbones differ in {len(differing)} tensors: {named}; both need one architecture and size."
         )
+    configs = _options(first), _options(second)
+    for field in {**configs[0], **configs[1]}:
+        if configs[0].get(field) != configs[1].get(field):
+            raise ValueError(
+                f"The models differ in {field} ({configs[0].get(field)!r} and {configs[1].get(field)!r}), so that the "
+                "same tensors mean something else in each; both need one architecture and size."
+            )
+
+
+def _options(model: PreTrainedModel) -> dict[str, Any]:
+    """The fields of a model's configuration that say what it computes."""
+    return {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name not in FREE_FIELDS and not any(part in name for part in TRAINING_FIELDS)
+    }

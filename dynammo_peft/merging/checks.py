@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .adapters import AdaptedModel, adapter_layers, tensors_of_adapters
+from .adapters import AdaptedModel, AdapterTensors, adapted_base, adapter_layers, tensors_of_adapters
 from .state import tuner_of
 
 
@@ -41,6 +42,8 @@ TARGET_FIELDS = {
 }
 # These take a part of the base weights into the adapter, so that the adapters of a model depend on one another.
 BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Where layers with adapters keep the module that they stand in for.
+BASES = ("base_layer", "original_module")
 
 
 def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: Optional[str] = None) -> None:
@@ -63,6 +66,8 @@ def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: 
             f"Adapter name {adapter_name!r} must not be empty, hold a dot or be the name of an attribute of "
             "torch.nn.ParameterDict; choose another."
         )
+    if adapter_name is not None and adapter_name not in model.peft_config:
+        check_name_is_free(adapted_base(model), adapter_name)
     for name in adapters:
         if name not in model.peft_config:
             raise ValueError(f"Adapter {name!r} does not exist; there are {', '.join(model.peft_config)}.")
@@ -78,6 +83,35 @@ def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: 
         _check_configs(model, adapters)
     _check_tensors(model, adapters)
     check_constants(model, adapters)
+
+
+def check_name_is_free(base: nn.Module, name: str) -> None:
+    """Raises a `ValueError` if a part of the base model or of its adapters has the name.
+
+    PEFT finds an adapter's tensors by its name between dots, and leaves those of other names out of what it saves.
+
+    Args:
+        base (`nn.Module`): A base model, with or without tuner layers in it.
+        name (`str`): Name of an adapter to be made.
+    """
+    taken = {"base_model", "base_layer", "model", "modules_to_save", "original_module", "weight", "bias"}
+    taken.update(nn.BatchNorm2d(1).state_dict())
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers = {key for key, module in base.named_modules() if isinstance(module, kinds)}
+    for key in base.state_dict():
+        path = key.split(".")
+        for place in range(len(path) - 1):
+            inner = ".".join(path[: place + 2])
+            if ".".join(path[: place + 1]) in layers and inner not in layers and path[place + 1] not in BASES:
+                # Behind a container of a layer with adapters stands an adapter's own name, which is no obstacle.
+                path[place + 2 : place + 3] = []
+                break
+        taken.update(path)
+    if name in taken:
+        raise ValueError(
+            f"Adapter name {name!r} is the name of a part of the model and its tensors would be mixed up when saved; "
+            "choose another, as 'task_000'."
+        )
 
 
 def check_constants(model: AdaptedModel, adapters: Sequence[str]) -> None:
@@ -135,23 +169,41 @@ def _unordered(value: Any) -> Any:
 
 
 def _check_tensors(model: AdaptedModel, adapters: Sequence[str]) -> None:
-    shapes = [
-        {key: tuple(tensor.shape) for key, tensor in own.items()} for own in tensors_of_adapters(model, adapters)
-    ]
-    if not shapes[0]:
+    tensors = tensors_of_adapters(model, adapters)
+    if not tensors[0]:
         raise ValueError(f"Adapter {adapters[0]!r} has no tensors that could be merged.")
-    for name, own in zip(adapters[1:], shapes[1:]):
-        if own == shapes[0]:
+    first = model.peft_config[adapters[0]]
+    for name, own in zip(adapters[1:], tensors[1:]):
+        if _shapes(own) == _shapes(tensors[0]):
             continue
-        configs = model.peft_config[adapters[0]], model.peft_config[name]
-        for field in _differing_fields(*configs):
+        config = model.peft_config[name]
+        for field in _differing_fields(first, config):
             if field in TARGET_FIELDS:
-                _raise_differing(adapters[0], name, field, getattr(configs[0], field), getattr(configs[1], field))
-        key = next(key for key in {**shapes[0], **own} if shapes[0].get(key) != own.get(key))
-        _raise_differing(adapters[0], name, f"the shape of {key}", shapes[0].get(key), own.get(key))
+                _raise_differing(adapters[0], name, field, getattr(first, field), getattr(config, field))
+    check_shapes(tensors, adapters)
 
 
-def _raise_differing(first: str, second: str, field: str, first_value: Any, second_value: Any) -> None:
+def check_shapes(adapters: Sequence[AdapterTensors], names: Sequence[Union[str, int]]) -> None:
+    """Raises a `ValueError` unless the tensors of all adapters have the names and shapes of the first one's.
+
+    Args:
+        adapters (`Sequence[AdapterTensors]`): The adapters' tensors; at least one adapter.
+        names (`Sequence[Union[str, int]]`): What to call the adapters.
+    """
+    shapes = [_shapes(own) for own in adapters]
+    for name, own in zip(names[1:], shapes[1:]):
+        for key in {**shapes[0], **own}:
+            if shapes[0].get(key) != own.get(key):
+                _raise_differing(names[0], name, f"the shape of {key}", shapes[0].get(key), own.get(key))
+
+
+def _shapes(tensors: AdapterTensors) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def _raise_differing(
+    first: Union[str, int], second: Union[str, int], field: str, first_value: Any, second_value: Any
+) -> None:
     raise ValueError(
         f"Adapters {first!r} and {second!r} differ in {field} ({first_value!r} and {second_value!r}); give both the "
         "same."

@@ -1,11 +1,13 @@
 """Merge functions: several adapters' tensors and a weight for each, to one adapter's tensors.
 
 They know nothing of models or of adapters' layouts, so that they serve any PEFT method. Statistics of BatchNorm are
-not for them, but for `average_statistics`.
+not for them, but for `average_statistics`. All raise a `ValueError` if there is not one weight for each adapter, one
+is not finite or all are zero; means also if one is negative.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +15,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from .adapters import AdapterTensors
-from .registry import merge_function
+from .registry import check_weight_tensor, is_between, merge_function
 
 
 def linear_tensor(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -33,7 +35,11 @@ def average_statistics(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
 
     Returns:
         `Tensor`: The merged statistic.
+
+    Raises:
+        ValueError: If there is not one weight for each adapter, one is not finite, or all are zero.
     """
+    check_weight_tensor(weights, len(tensors), allow_negative=True)
     if not tensors[0].is_floating_point():
         return torch.stack(list(tensors)).sum(dim=0)
     return linear_tensor(tensors, weights.abs() / weights.abs().sum())
@@ -74,8 +80,8 @@ def uniform(adapters: Sequence[AdapterTensors], weights: Tensor) -> AdapterTenso
 
 
 def _running(weights: Tensor, *, count: int) -> Tensor:
-    if count < 1:
-        raise ValueError(f"count={count} must be at least 1: the number of adapters that the first stands for.")
+    if not is_between(count, 1, math.inf):
+        raise ValueError(f"count={count!r} must be at least 1: the number of adapters that the first stands for.")
     proportions = torch.ones_like(weights)
     proportions[0] = count
     return proportions / proportions.sum()
@@ -100,8 +106,8 @@ def running_mean(adapters: Sequence[AdapterTensors], weights: Tensor, *, count: 
 
 
 def _fading(weights: Tensor, *, decay: float) -> Tensor:
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay={decay} must be between 0 and 1: the part of what was merged before that is kept.")
+    if not is_between(decay, 0, 1):
+        raise ValueError(f"decay={decay!r} must be between 0 and 1: the part of what was merged before that is kept.")
     kept = decay ** torch.arange(len(weights) - 1, -1, -1, dtype=weights.dtype, device=weights.device)
     # The first adapter is the start, not blended with anything.
     return torch.cat([kept[:1], (1 - decay) * kept[1:]])
@@ -148,7 +154,8 @@ def fisher(
         `AdapterTensors`: The merged tensors.
 
     Raises:
-        ValueError: If there is not one Fisher information for each adapter and tensor, or one is negative.
+        ValueError: If there is not one Fisher information for each adapter and tensor, or one is negative or not
+            finite.
     """
     _check_count("fisher", fisher, adapters)
     shares = weights / weights.sum()
@@ -193,12 +200,12 @@ def regmean(
         `AdapterTensors`: The merged tensors.
 
     Raises:
-        ValueError: If there are not Gram matrices of each adapter for the same tensors, or `off_diagonal` is not
-            between 0 and 1.
+        ValueError: If there are not finite Gram matrices of each adapter for the same tensors, or `off_diagonal` is
+            not between 0 and 1.
     """
     _check_count("grams", grams, adapters)
-    if not 0 <= off_diagonal <= 1:
-        raise ValueError(f"off_diagonal={off_diagonal} must be between 0 and 1.")
+    if not is_between(off_diagonal, 0, 1):
+        raise ValueError(f"off_diagonal={off_diagonal!r} must be between 0 and 1.")
     shares = weights / weights.sum()
 
     def merge(key: str, tensors: list[Tensor]) -> Tensor:
@@ -233,4 +240,6 @@ def _measured(option: str, measured: Sequence[AdapterTensors], index: int, key: 
     if tensor is None or tensor.shape != tuple(shape):
         found = "nothing" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
         raise ValueError(f"{option}[{index}] holds {found} for {key!r}; it must have shape {tuple(shape)}.")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{option}[{index}] holds NaN or infinity for {key!r}; measure it on finite images.")
     return tensor

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .adapters import AdapterTensors
 from .functions import linear_tensor
-from .registry import merge_function
+from .registry import is_between, merge_function
 
 
 MajoritySignMethod = Literal["total", "frequency"]
@@ -194,15 +194,15 @@ def _elected(method: MajoritySignMethod) -> Join:
 
 
 def _largest(density: float) -> Prune:
-    if density is None or not 0 <= density <= 1:
-        raise ValueError(f"density={density} must be in [0, 1]: the part of the values to keep.")
+    if not is_between(density, 0, 1):
+        raise ValueError(f"density={density!r} must be in [0, 1]: the part of the values to keep.")
     # At 1, PEFT's function would warn that nothing is pruned, for every tensor.
     return lambda _, __, tensor: tensor if density == 1 else merge_utils.prune(tensor, density, method="magnitude")
 
 
 def _random(density: float, seed: int) -> Prune:
-    if density is None or not 0 < density <= 1:
-        raise ValueError(f"density={density} must be in (0, 1]: the probability that a value is kept.")
+    if not is_between(density, 0, 1) or density == 0:
+        raise ValueError(f"density={density!r} must be in (0, 1]: the probability that a value is kept.")
 
     def prune(key: str, place: int, tensor: Tensor) -> Tensor:
         # What is dropped of a tensor does not depend on what else is merged, nor on the device.

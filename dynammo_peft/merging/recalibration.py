@@ -34,7 +34,8 @@ def recalibrate(
         forward (`Callable`): Of base model and batch, how to run it.
 
     Raises:
-        ValueError: If the adapter does not exist or there are no batches.
+        ValueError: If the adapter does not exist, there are no batches, or what reaches a layer is not finite. The
+            statistics are as before then.
     """
     base = adapted_base(model)
     norms = _norms(base, adapter, adapter_slots(model, adapter).values())
@@ -59,6 +60,11 @@ def recalibrate(
                 buffer.copy_(statistics[name])
     if sums[norms[0]].count == 0:
         raise ValueError("batches holds no images; statistics are a mean over them.")
+    if not all(measured.squares.isfinite().all() for measured in sums.values()):
+        raise ValueError(
+            f"What reaches the BatchNorm layers of adapter {adapter!r} holds NaN or infinity, and so would their "
+            "statistics; look for it in the images of batches, then in the adapter's tensors."
+        )
     for norm, measured in sums.items():
         mean = measured.total / measured.count
         norm.running_mean.copy_(mean)

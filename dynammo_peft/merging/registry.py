@@ -7,8 +7,10 @@ keyword-only arguments are its options.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Optional
 
 import torch
@@ -73,19 +75,31 @@ class MergeFunction:
         """Merge weights as a tensor, `(count,)`; those that the function has by default if none are given."""
         if weights is None:
             return torch.full((count,), self.default_weight or 1 / count, dtype=torch.float64)
+        if self.proportions is not None:
+            able = ", ".join(repr(name) for name, known in COMBINATIONS.items() if known.proportions is None)
+            raise ValueError(
+                f"combination_type={self.name!r} takes no weights, got weights={weights!r}; leave them out, or choose "
+                f"one of {able}."
+            )
         return check_weights(weights, count, allow_negative=not self.averages)
 
 
 def merge_function(**properties: Any) -> Callable[[Combine], Combine]:
-    """Decorator that enters a merge function in `COMBINATIONS` under its own name.
+    """Decorator that enters a merge function in `COMBINATIONS` under its own name, and has its weights checked.
 
     Args:
         properties: Fields of [`MergeFunction`].
     """
 
     def register(function: Combine) -> Combine:
-        COMBINATIONS[function.__name__] = MergeFunction(function.__name__, function, **properties)
-        return function
+        @wraps(function)
+        def checked(adapters: Sequence[AdapterTensors], weights: Tensor, **options: Any) -> AdapterTensors:
+            if entry.proportions is None:
+                check_weight_tensor(weights, len(adapters), allow_negative=not entry.averages)
+            return function(adapters, weights, **options)
+
+        entry = COMBINATIONS[function.__name__] = MergeFunction(function.__name__, checked, **properties)
+        return checked
 
     return register
 
@@ -131,11 +145,44 @@ def check_weights(weights: Sequence[float], count: int, allow_negative: bool = F
         ValueError: If there is not one weight for each adapter, one is not finite, all are zero, or one is negative
             where that is not allowed.
     """
+    try:
+        tensor = torch.as_tensor(weights, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    if tensor is None or tensor.dim() != 1:
+        raise ValueError(f"weights={weights!r} must be a list of numbers; give one weight for each adapter.")
+    check_weight_tensor(tensor, count, allow_negative)
+    return tensor
+
+
+def check_weight_tensor(weights: Tensor, count: int, allow_negative: bool = False) -> None:
+    """Raises a `ValueError` as `check_weights` does; weights may be what gradients are taken of.
+
+    Args:
+        weights (`Tensor`): The weights, `(count,)`.
+        count (`int`): Number of adapters.
+        allow_negative (`bool`): Whether an adapter may be subtracted.
+    """
+    if weights.dim() != 1:
+        raise ValueError(
+            f"weights of shape {tuple(weights.shape)} for {count} adapters; give one weight for each adapter."
+        )
     if len(weights) != count:
         raise ValueError(f"{len(weights)} weights for {count} adapters; give one weight for each adapter.")
-    tensor = torch.as_tensor(weights, dtype=torch.float64)
-    if not torch.isfinite(tensor).all() or (tensor == 0).all():
-        raise ValueError(f"Merge weights must be finite and not all zero, got {tensor.tolist()}.")
-    if not allow_negative and (tensor < 0).any():
-        raise ValueError(f"Merge weights must not be negative for a mean of the adapters, got {tensor.tolist()}.")
-    return tensor
+    try:
+        values = weights.detach().tolist()
+    except RuntimeError:
+        # Nobody can look at them: inside `torch.func.vmap`, or on the meta device.
+        return
+    if not all(map(math.isfinite, values)) or not any(values):
+        raise ValueError(f"Merge weights must be finite and not all zero, got {values}.")
+    if not allow_negative and min(values) < 0:
+        raise ValueError(f"Merge weights must not be negative for a mean of the adapters, got {values}.")
+
+
+def is_between(value: Any, least: float, greatest: float) -> bool:
+    """Whether an option is a number between two others or one of them."""
+    try:
+        return bool(least <= value <= greatest)
+    except TypeError:
+        return False

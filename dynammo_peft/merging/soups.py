@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .adapters import AdapterTensors, Slot, adapter_tensors
+from .checks import check_shapes
 from .merge import combine
 
 
@@ -65,7 +66,11 @@ def average_adapters(adapters: Sequence[AdapterTensors], slots: Optional[Mapping
 
     Returns:
         `AdapterTensors`: Their mean; no view of any of them.
+
+    Raises:
+        ValueError: If there are no adapters, or they differ in the names or shapes of their tensors.
     """
+    _check_alike(adapters)
     if slots is None:
         slots = {
             key: Slot(key, "", "", 0, "parameter" if tensor.is_floating_point() else "statistic")
@@ -90,10 +95,10 @@ def greedy_soup(adapters: Sequence[AdapterTensors], score: Score, slots: Optiona
         [`Soup`]: The mean and what went into it.
 
     Raises:
-        ValueError: If there are no adapters, or a score is not a number.
+        ValueError: If there are no adapters, they differ in the names or shapes of their tensors, or a score is not a
+            number.
     """
-    if not adapters:
-        raise ValueError("No adapters for a soup; give at least one.")
+    _check_alike(adapters)
     scores = [
         _checked(score(average_adapters([adapter], slots)), f"Adapter {i}") for i, adapter in enumerate(adapters)
     ]
@@ -127,15 +132,25 @@ def hierarchical_soup(
         [`HierarchicalSoup`]: The mean and what went into it.
 
     Raises:
-        ValueError: If there are no groups, one is empty, or a score is not a number.
+        ValueError: If there are no groups, one is empty, adapters differ in the names or shapes of their tensors, or a
+            score is not a number.
     """
     for name, adapters in groups.items():
         if not adapters:
             raise ValueError(f"Group {name!r} holds no adapters; give at least one or leave it out.")
+    places = {f"{name}[{place}]": own for name, adapters in groups.items() for place, own in enumerate(adapters)}
+    _check_alike(list(places.values()), list(places))
     soups = {name: greedy_soup(adapters, score, slots) for name, adapters in groups.items()}
     soup = greedy_soup([soup.tensors for soup in soups.values()], score, slots)
     names = [list(soups)[place] for place in soup.ingredients]
     return HierarchicalSoup(soup.tensors, {name: soups[name].ingredients for name in names}, soup.score, soups)
+
+
+def _check_alike(adapters: Sequence[AdapterTensors], names: Optional[Sequence[str]] = None) -> None:
+    """Raises a `ValueError` unless there are adapters, alike; without names they are called by their places."""
+    if not adapters:
+        raise ValueError("No adapters for a soup; give at least one.")
+    check_shapes(adapters, range(len(adapters)) if names is None else names)
 
 
 def _checked(score: float, what: str) -> float:

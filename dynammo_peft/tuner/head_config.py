@@ -49,6 +49,8 @@ class HeadConfig(PeftConfig):
 
     # Adapters that differ in one of these do not fit together.
     build_fields: ClassVar[tuple[str, ...]] = ()
+    # Nor do those that differ in one of these make one adapter, which has a single value of it.
+    merge_fields: ClassVar[tuple[str, ...]] = ("image_size", "scoring")
     # The `combination_type` that averages what the adapters compute, or comes closest to it.
     averaging: ClassVar[str] = "linear"
     # Whether the backbone's weights can take the adapter up.

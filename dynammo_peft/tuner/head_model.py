@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -277,6 +278,8 @@ class HeadTuner(BaseTuner):
     def copy_adapter(self, source: str, target: str) -> None:
         """Copies the backbone's adapters of `source`, with their statistics, to `target`; heads are not copied.
 
+        With which weights `target` was merged before is forgotten: its configuration names those of `source`, if any.
+
         Args:
             source (`str`): Name of the adapter to copy from.
             target (`str`): Name of the adapter to copy to.
@@ -286,6 +289,7 @@ class HeadTuner(BaseTuner):
         """
         self._check_alike([source, target])
         set_adapter_tensors(self, target, adapter_tensors(self, source))
+        self.peft_config[target].merge_weights = copy.deepcopy(self.peft_config[source].merge_weights)
 
     def create_merged_adapter(self, adapters: list[str], adapter_name: str, **changes: Any) -> None:
         """Adds a frozen adapter with the heads of others side by side; its blocks' adapters are fresh.
@@ -342,7 +346,7 @@ class HeadTuner(BaseTuner):
         # Before the comparison of fields, of which some follow from having a head.
         if len({self.peft_config[name].classes is None for name in adapters if name in self.peft_config}) > 1:
             raise ValueError(f"Of adapters {', '.join(adapters)} only some have a head; give all of them `classes`.")
-        self._check_alike(adapters)
+        self._check_alike(adapters, HeadConfig.merge_fields)
         twice = next((name for place, name in enumerate(adapters) if name in adapters[:place]), None)
         if twice is not None and self.peft_config[twice].classes is not None:
             raise ValueError(f"Adapter {twice!r} is named twice; name each adapter with a head once.")
@@ -361,15 +365,15 @@ class HeadTuner(BaseTuner):
         config = self.peft_config[first]
         return replace(config, classes=heads or None, inference_mode=True, merge_weights=None, **changes)
 
-    def _check_alike(self, adapters: list[str]) -> None:
-        """Raises a `ValueError` unless all adapters exist and are built as the first."""
+    def _check_alike(self, adapters: list[str], further: Sequence[str] = ()) -> None:
+        """Raises a `ValueError` unless all adapters exist and are built as the first, and alike in further fields."""
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name!r} does not exist; there are {', '.join(self.peft_config)}.")
         first = self.peft_config[adapters[0]]
         for name in adapters[1:]:
             config = self.peft_config[name]
-            for field in first.build_fields:
+            for field in (*first.build_fields, *further):
                 if getattr(config, field) != getattr(first, field):
                     raise ValueError(
                         f"Adapters {adapters[0]!r} and {name!r} differ in {field} ({getattr(first, field)!r} and "

@@ -8,29 +8,17 @@ from collections.abc import Iterator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..merging.checks import check_name_is_free
+
 
 def check_adapter_name(model: nn.Module, name: str) -> None:
-    """PEFT finds an adapter's tensors by its name between dots: a name of a part of the model would mix them up."""
+    """Raises a `ValueError` unless an adapter of this name is told apart from all else in the model."""
     if not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
         raise ValueError(f"Adapter name {name!r} may hold letters, digits, '_' and '-' only, as in 'task_000'.")
     for prefix in ("dynammo_", "lora_"):
         if prefix in name:
             raise ValueError(f"Adapter name {name!r} must not hold {prefix!r}, a prefix of adapters' tensors.")
-    layers = [key for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    taken = {"base_model", "base_layer", "model", "modules_to_save", "original_module", "weight", "bias"}
-    taken.update(nn.BatchNorm2d(1).state_dict())
-    for key in model.state_dict():
-        owner = next((layer for layer in layers if key.startswith(f"{layer}.")), None)
-        path = key.split(".")
-        if owner is not None and not key.startswith(f"{owner}.base_layer."):
-            # Behind a tuner layer's container the other adapters' names stand, which are no obstacle.
-            path = path[: owner.count(".") + 2]
-        taken.update(path)
-    if name in taken:
-        raise ValueError(
-            f"Adapter name {name!r} is the name of a part of the model and its tensors would be mixed up when saved; "
-            "choose another, as 'task_000'."
-        )
+    check_name_is_free(model, name)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
