@@ -270,6 +270,13 @@ def test_what_backbones_may_differ_in(tmp_path):
     assert merged.dtype is torch.float32
 
 
+def test_backbones_of_two_resolutions():
+    second = other_model("convnext")
+    second.config.image_size = 2 * second.config.image_size
+    merged, _ = merge_backbones(first_model("convnext"), second)
+    assert merged.config.image_size == first_model("convnext").config.image_size
+
+
 def resnet(width=64, depth=2):
     config = {"hidden_sizes": [16, 32, 48, width], "depths": [1, 1, depth, 1], "layer_type": "basic"}
     return AutoModelForImageClassification.from_config(ResNetConfig(embedding_size=16, **config))

@@ -30,6 +30,8 @@ FREE_FIELDS = {
     "label2id",
     "num_labels",
     "problem_type",
+    # Where it matters, as for position embeddings, shapes differ too.
+    "image_size",
     "return_dict",
     "output_attentions",
     "output_hidden_states",
