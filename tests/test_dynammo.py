@@ -678,3 +678,18 @@ def test_bad_values_of_the_merge_are_refused_at_once(options, words):
     with pytest.raises(ValueError) as error:
         Dynammo(tiny_model("vit"), arguments(**options))
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("objective", ["labels", "statistics", "entropy"])
+def test_weights_are_not_learned_without_images_of_a_class(objective):
+    tasks = coloured_tasks(classes=4)
+    method = begun(tasks, learned_weights="layer", weights_objective=objective, weights_steps=1)
+    learn_nothing(method, tasks[0])
+    exemplars = method.memory.images()
+    method.memory.restore(exemplars.of_classes([1]))
+    if objective == "entropy":
+        # Needs no labels.
+        learn_nothing(method, tasks[1])
+        return
+    with pytest.raises(ValueError, match="no exemplar of 'class 0', so that learned_weights='layer'.*memory_size"):
+        learn_nothing(method, tasks[1])

@@ -191,8 +191,13 @@ class Merging:
             merged (`str`): Name of the adapter merged with equal weights, whose heads know all classes.
             shown (`LabelledImages`): The images.
             statistics (`Optional[ClassStatistics]`): Of all classes, in the feature space of `merged`.
+
+        Raises:
+            ValueError: If the objective needs images of all classes, and some class has none.
         """
         model, arguments = self.method.model, self.arguments
+        if arguments.weights_objective != "entropy":
+            self._check_classes(shown)
         settings: dict[str, Any] = {"objective": arguments.weights_objective}
         output = "scores"
         if arguments.weights_objective == "statistics":
@@ -214,6 +219,17 @@ class Merging:
                 **settings,
             )
         self._recalibrate(merged, shown)
+
+    def _check_classes(self, shown: LabelledImages) -> None:
+        """Refuses weights that would suit some classes at the cost of those that no image stands for."""
+        there = set(shown.labels.tolist())
+        missing = [name for label, name in enumerate(self.method.class_names) if label not in there]
+        if missing:
+            raise ValueError(
+                f"The memory has no exemplar of {', '.join(map(repr, missing))}, so that "
+                f"learned_weights={self.arguments.learned_weights!r} would be learned for the other classes alone; "
+                "set memory_size to at least the number of classes, or weights_objective='entropy'."
+            )
 
     def _recalibrate(self, merged: str, shown: LabelledImages) -> None:
         if self.arguments.recalibrate:
