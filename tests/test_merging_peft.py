@@ -438,3 +438,41 @@ def test_half_precision():
     model.add_adapter("a1", LoraConfig(**LORA), autocast_adapter_dtype=False)
     merge_adapters(model, ["a0", "a1"])
     assert {tensor.dtype for tensor in adapter_tensors(model, "merged").values()} == {torch.bfloat16}
+
+
+class Mixed(nn.Module):
+    """A parameter of its own, and a layer inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.eye(6))
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.inner(x @ self.kernel)
+
+
+def mixed_lora(targets, count):
+    config = {"target_modules": targets, "target_parameters": ["mixed.kernel"], "r": 2}
+    return with_adapters(*[LoraConfig(**config) for _ in range(count)], base=nn.Sequential(OrderedDict(mixed=Mixed())))
+
+
+@torch.no_grad()
+def test_target_parameters_are_merged_where_peft_can_make_them_again():
+    model, inputs = mixed_lora([], 2), torch.randn(4, 6)
+    before = model(inputs)
+    merge_adapters(model, ["a0", "a1"], [1.0, 0.0])
+    model.set_adapter("merged")
+    torch.testing.assert_close(model(inputs), before)
+    model.set_adapter("a1")
+    assert not torch.allclose(model(inputs), before)
+
+
+def test_layers_inside_of_what_target_parameters_wraps_are_refused():
+    # PEFT finds them for the first adapter of a model only.
+    model = mixed_lora(["inner"], 1)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match="no 'mixed.*inner.lora_A.weight' for a second adapter.*target_parameters"):
+        merge_adapters(model, ["a0"])
+    assert list(model.state_dict()) == before
+    assert list(model.peft_config) == ["a0"]

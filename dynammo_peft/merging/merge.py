@@ -81,6 +81,7 @@ def merge_adapters(
     merged = _merged_tensors(model, slots, scalings, adapters, weights, function, options)
     with adapter_replaced(model, adapter_name, active_instead=adapters[0]):
         _create_adapter(model, adapters, adapter_name)
+        _check_made(model, slots, adapter_name)
         check_constants(model, [adapters[0], adapter_name])
         own = _scalings(model, slots, [adapter_name])
         for key, (scaling,) in own.items():
@@ -274,3 +275,14 @@ def _create_adapter(model: AdaptedModel, adapters: list[str], adapter_name: str)
             if isinstance(container, torch.nn.ModuleDict) and adapter_name in container:
                 # PEFT's new modules are in training mode, also in a model in evaluation mode.
                 container[adapter_name].train(layer.training)
+
+
+def _check_made(model: AdaptedModel, slots: Mapping[str, Slot], adapter_name: str) -> None:
+    """Raises a `ValueError` unless a new adapter has all tensors that the merged ones have."""
+    made = adapter_slots(model, adapter_name)
+    missing = next((key for key in slots if key not in made), None)
+    if missing is not None:
+        raise ValueError(
+            f"PEFT makes no {missing!r} for a second adapter, as of target_modules that lie inside a module whose "
+            "parameters are among target_parameters; such adapters cannot be merged. Train them with either."
+        )
