@@ -37,10 +37,12 @@ def learn_merge_weights(
     """
     Learns the weights with which adapters are merged, and merges them so.
 
-    Only the weights are trained, from `1 / T`, by Adam through the forward of the merged adapter in evaluation mode
-    (Yang et al. 2024, "AdaMerging", https://arxiv.org/abs/2310.02575, for layers; Almakky et al. 2024, "MedMerge",
-    https://arxiv.org/abs/2403.11646, for channels). The more weights there are, the more images they need. Heads of
-    DynaMMo adapters are not merged and stay as they are. What is active, trained and in which mode is as before.
+    Only the weights are trained, by Adam through the forward of the merged adapter in evaluation mode (Yang et al.
+    2024, "AdaMerging", https://arxiv.org/abs/2310.02575, for layers; Almakky et al. 2024, "MedMerge",
+    https://arxiv.org/abs/2403.11646, for channels). They start at `1 / T`, which is the mean of the adapters but for
+    LoRA: there it is what `merge_adapters` makes of such weights. The more weights there are, the more images they
+    need. Heads of DynaMMo adapters are not merged and stay as they are. What is active, trained and in which mode is
+    as before.
 
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters of any PEFT method.

@@ -37,10 +37,15 @@ def merge_adapters(
     Merges adapters of a model into a new one, for any PEFT method whose adapters are tensors of layers.
 
     Parameters, those of `modules_to_save` among them, are combined by `combination_type`; statistics of BatchNorm are
-    averaged with the weights normalised to one. LoRA's factors take the root of a weight each, so that their product
-    takes the weight, as in `LoraModel.add_weighted_adapter`; the factors of other methods (LoHa, LoKr) are combined
-    each for itself. Heads of DynaMMo adapters are placed side by side; a class that several
-    adapters have keeps the head of the first of them.
+    averaged with the weights normalised to one. The factors of LoHa and LoKr are combined each for itself. Heads of
+    DynaMMo adapters are placed side by side; a class that several adapters have keeps the head of the first of them.
+
+    LoRA's factors are combined as in `LoraModel.add_weighted_adapter`, each with the roots of weights `w_i` and
+    scalings `s_i`. With `"linear"` the merged update is `sum_ij sign(w_i) sqrt(|w_i s_i w_j s_j|) B_j A_i`: of each
+    adapter its own update with its weight, `w_i s_i B_i A_i`, and products of one adapter's factor with another's.
+    That is no mean: of `T` equal adapters with weights of `1 / T` it is `T` times their update. `"uniform"` takes the
+    mean of each factor, of equal adapters their update. The weighted sum of the updates alone is what `"cat"` of
+    `LoraModel` and `DynammoLoraModel` gives, at `T` times the rank.
 
     The new adapter has the first one's configuration and is frozen. It replaces an adapter of its name. What is
     active, trained and in training mode stays so. If anything fails, the model is as it was.

@@ -137,10 +137,11 @@ class MergeWeights(nn.Module):
         """
         The merged tensors, differentiable in the weights.
 
-        Parameters are summed with their weights. LoRA's factors take the root of the weight, so that their product
-        takes the weight (as `LoraModel.add_weighted_adapter` has it). Running statistics are averaged with the
-        weights' absolute values, normalised to one and without gradient. Integer ones are added up; constants are the
-        first adapter's.
+        Parameters are summed with their weights. LoRA's factors take the root of the weight each, so that in their
+        product an adapter's own update has its weight, beside products of different adapters' factors, as
+        `LoraModel.add_weighted_adapter` has it (the formula is at `merge_adapters`). Running statistics are averaged
+        with the weights' absolute values, normalised to one and without gradient. Integer ones are added up; constants
+        are the first adapter's.
 
         Args:
             adapters (`Union[Sequence[dict[str, Tensor]], dict[str, Tensor]]`): The tensors of each adapter by key, or
