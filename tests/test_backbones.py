@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import tiny_dataset, tiny_model, tiny_processor
+from transformers import MobileNetV1Config
 
 from dynammo_peft.evaluation import recommend_backbone
 
@@ -54,6 +55,7 @@ def test_another_image_size_costs_another_forward_pass(candidates):
     ("changes", "words"),
     [
         ({"candidates": []}, ["candidates is empty"]),
+        ({"candidates": "nowhere"}, ["candidates='nowhere' is a string", "a list"]),
         ({"shots": 0}, ["shots=0", "at least 1"]),
         ({"splits": 0}, ["splits=0", "at least 1"]),
         ({"shots": 4}, ["'class 0' has 6 images", "shots=4 needs 8"]),
@@ -64,3 +66,10 @@ def test_unusable_input_is_refused(changes, words):
     with pytest.raises(ValueError) as error:
         recommend_backbone(tiny_dataset(), **{"candidates": ["nowhere"], "progress": False} | changes)
     assert all(word in str(error.value) for word in words)
+
+
+def test_an_unsupported_candidate_is_named_before_anything_is_computed(candidates, tmp_path, monkeypatch):
+    MobileNetV1Config().save_pretrained(tmp_path / "mobile")
+    monkeypatch.setattr("dynammo_peft.evaluation.backbones._features", None)
+    with pytest.raises(ValueError, match="mobile' is of model type 'mobilenet_v1'.*leave it out. Supported: vit, "):
+        recommend_backbone(tiny_dataset(), [*candidates, str(tmp_path / "mobile")], shots=2, progress=False)

@@ -652,3 +652,44 @@ def test_the_distillation_loss_is_the_change_of_features(scenario):
     torch.testing.assert_close(loss - plain, 3 * (new - old).square().mean(), rtol=1e-3, atol=1e-5)
     assert loss > plain
     assert torch.equal(met, plain_met)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"merge": "exponential_moving_average", "merge_options": {"decay": 3}}, ["decay=3", "between 0 and 1"]),
+        ({"merge": "ties", "merge_options": {"density": -1}}, ["density=-1", "[0, 1]"]),
+        ({"merge": "ties", "merge_options": {"density": "half"}}, ["{'density': 'half'}", "merge='ties'"]),
+        (
+            {"merge": "ties", "merge_options": {"density": 0.5, "majority_sign_method": "sum"}},
+            ["majority_sign_method='sum'", "'total' or 'frequency'"],
+        ),
+        ({"merge": "ties", "merge_options": {"density": 0.5, "base": []}}, ["'base'", "measured", "leave it out"]),
+        ({"merge": "fisher", "merge_options": {"fisher": []}}, ["'fisher'", "measured", "leave it out"]),
+        ({"merge": "running_mean"}, ["merge='running_mean'", "merge='uniform'", "offload_adapters"]),
+        ({"merge": "running_mean", "merge_options": {"count": 2}}, ["merge='running_mean'", "merge='uniform'"]),
+        ({"weights_learning_rate": -1.0}, ["weights_learning_rate=-1.0", "greater than 0"]),
+        ({"weights_learning_rate": 0.0}, ["weights_learning_rate=0.0", "greater than 0"]),
+        ({"weights_learning_rate": float("nan")}, ["weights_learning_rate=nan", "finite"]),
+        ({"weights_steps": 2.5}, ["weights_steps=2.5", "integer"]),
+    ],
+)
+def test_bad_values_of_the_merge_are_refused_at_once(options, words):
+    with pytest.raises(ValueError) as error:
+        Dynammo(tiny_model("vit"), arguments(**options))
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("objective", ["labels", "statistics", "entropy"])
+def test_weights_are_not_learned_without_images_of_a_class(objective):
+    tasks = coloured_tasks(classes=4)
+    method = begun(tasks, learned_weights="layer", weights_objective=objective, weights_steps=1)
+    learn_nothing(method, tasks[0])
+    exemplars = method.memory.images()
+    method.memory.restore(exemplars.of_classes([1]))
+    if objective == "entropy":
+        # Needs no labels.
+        learn_nothing(method, tasks[1])
+        return
+    with pytest.raises(ValueError, match="no exemplar of 'class 0', so that learned_weights='layer'.*memory_size"):
+        learn_nothing(method, tasks[1])

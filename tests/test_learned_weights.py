@@ -17,7 +17,7 @@ from dynammo_peft.merging.adapters import adapted_base, adapter_slots, adapter_t
 from dynammo_peft.merging.learned import adapter_merge_weights
 from dynammo_peft.merging.objectives import prediction_entropy
 from dynammo_peft.merging.optimization import minimize
-from dynammo_peft.merging.weights import ROOT_THRESHOLD
+from dynammo_peft.merging.weighted_sums import ROOT_THRESHOLD
 
 
 TASKS = ["task_000", "task_001", "task_002"]
@@ -623,6 +623,128 @@ def test_weights_are_saved_with_a_dynammo_adapter(granularity, tmp_path):
     assert model.peft_config["merged"].merge_weights is None
 
 
+@pytest.mark.parametrize("simplex", [False, True])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_weights_make_the_adapter_again(method, granularity, simplex, tmp_path):
+    model = adapted(method)
+    weights = learn_merge_weights(
+        model, TASKS, labelled(method), "learned", granularity, simplex, steps=3, learning_rate=0.3, progress=False
+    )
+    weights.save_pretrained(tmp_path / "learned")
+    read = MergeWeights.from_pretrained(tmp_path / "learned")
+    assert str(read) == str(weights)
+    merge_adapters(model, TASKS, read, "again")
+    found, expected = own_tensors(model, "again"), own_tensors(model, "learned")
+    if simplex:
+        assert_tensors_close(found, expected, rtol=1e-5, atol=1e-6)
+    else:
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    merge_adapters(model, TASKS, adapter_name="uniform")
+    uniform = own_tensors(model, "uniform")
+    assert not all(torch.allclose(found[key].float(), uniform[key].float(), atol=1e-3) for key in expected)
+    if method.startswith("dynammo"):
+        assert model.peft_config["again"].merge_weights == read.as_dict()
+        assert model.peft_config["uniform"].merge_weights is None
+
+
+def test_learned_weights_are_read_from_the_configuration_of_a_dynammo_adapter(tmp_path):
+    model = adapted("dynammo")
+    weights = learn_merge_weights(model, TASKS, labelled("dynammo"), steps=2, progress=False)
+    model.save_pretrained(tmp_path, selected_adapters=["merged", TASKS[0]])
+    assert torch.equal(MergeWeights.from_pretrained(tmp_path, subfolder="merged").values, weights.values)
+    # A file of its own says more of the weights than the configuration.
+    other = MergeWeights(TASKS, weights.groups)
+    other.save_pretrained(tmp_path / "merged")
+    assert torch.equal(MergeWeights.from_pretrained(tmp_path / "merged").values, other.values)
+    with pytest.raises(ValueError, match="no merge weights at '.*task_000'.*merge_weights.json.*adapter_config.json"):
+        MergeWeights.from_pretrained(tmp_path / TASKS[0])
+
+
+def test_learned_weights_come_from_the_hub(hub, waits, tmp_path):
+    weights = random_weights(adapter_merge_weights(merged_ia3(), TASKS))
+    weights.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    hub.create_repo("tester/merged", files={f"merged/{file.name}": file.read_bytes(), "README.md": b"weights"})
+    read = MergeWeights.from_pretrained("tester/merged", subfolder="merged", token=hub.token)
+    assert torch.equal(read.values, weights.values)
+    with pytest.raises(ValueError, match="no merge weights at 'tester/merged'"):
+        MergeWeights.from_pretrained("tester/merged", token=hub.token)
+
+
+def test_weights_are_not_written_over_a_file(tmp_path):
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(ValueError, match="save_directory='.*file' is a file"):
+        adapter_merge_weights(merged_ia3(), TASKS).save_pretrained(tmp_path / "file")
+
+
+def changed(**changes):
+    """A description of merge weights, correct but for these changes; a field of `None` is left out."""
+    groups = [{"layer": "a", "weights": [0.25, 0.75]}, {"layer": "b", "weights": [[0.5, 1.0], [0.5, 0.0]]}]
+    data = {"adapters": ["one", "two"], "granularity": "channel", "simplex": True, "groups": groups, **changes}
+    return {name: value for name, value in data.items() if value is not None}
+
+
+def one_group(weights, **changes):
+    return changed(groups=[{"layer": "a", "weights": weights}], **changes)
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (None, "need 'adapters', 'granularity', 'simplex', 'groups', as `as_dict`"),
+        (changed(groups=None), "need 'groups', as"),
+        (changed(groups=[]), "'groups' of merge weights must be a list that is not empty"),
+        (changed(groups=[{"layer": "a"}]), "must be a mapping with 'weights', got {'layer': 'a'}"),
+        (changed(adapters="ab"), "'adapters' of merge weights must be a list of names, got 'ab'"),
+        (changed(granularity="row"), "granularity='row'"),
+        (one_group([math.nan, 1.0]), r"of 'a' must be finite, got \[nan"),
+        (one_group([0.5]), r"of 'a' have shape \(1,\); for 2 adapters they need \(2,\) or \(2, channels\)"),
+        (one_group([[[0.5]], [[0.5]]]), r"shape \(2, 1, 1\)"),
+        (one_group([[], []]), r"shape \(2, 0\)"),
+        (one_group([[0.5, 0.5], [0.5]]), "of 'a' are no table of numbers"),
+        (one_group(["x", "y"]), "of 'a' are no table of numbers"),
+        (one_group([1.5, -0.5]), "of 'a' are said to be on the simplex"),
+        (one_group([0.5, 0.6]), "of 'a' are said to be on the simplex"),
+        (changed(groups=[{"weights": [0.5, 0.5]}] * 2), "of 'all layers' are given more than once"),
+    ],
+)
+def test_unusable_descriptions(data, message):
+    assert MergeWeights.from_dict(changed())("b").tolist() == [[0.5, 1.0], [0.5, pytest.approx(0)]]
+    with pytest.raises(ValueError, match=message):
+        MergeWeights.from_dict(data)
+
+
+def test_weights_that_do_not_fit_the_adapters():
+    model = adapted("lora")
+    merge_adapters(model, TASKS)
+    weights = adapter_merge_weights(model, TASKS, granularity="channel")
+    before = state_of(model)
+    data = weights.as_dict()
+    cases = [
+        (TASKS[::-1], weights, {}, "of the adapters task_000, task_001, task_002, in this order, got task_002, "),
+        (TASKS[:2], weights, {}, "in this order, got task_000, task_001."),
+        (TASKS, weights, {"combination_type": "uniform"}, "those of combination_type='linear', got 'uniform'"),
+        (TASKS, weights, {"combination_type": "ties", "density": 0.5}, "combination_type='linear', got 'ties'"),
+        (
+            TASKS,
+            MergeWeights.from_dict({**data, "groups": data["groups"][1:]}),
+            {},
+            "of 'vit.layers.0.attention.q_proj.lora_A' they have none, the adapters need weights of 2 channels",
+        ),
+        (
+            TASKS,
+            MergeWeights.from_dict({**data, "groups": [*data["groups"], {"layer": "x", "weights": [0.0, 1.0, 2.0]}]}),
+            {},
+            "of 'x' they have one weight an adapter, the adapters need none",
+        ),
+    ]
+    for adapters, given, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            merge_adapters(model, adapters, given, "other", **options)
+    assert state_of(model) == before
+
+
 def test_other_configurations_are_left_alone(tmp_path, recwarn):
     model = adapted("lora")
     learn_merge_weights(model, TASKS, labelled("lora"), steps=1, progress=False)
@@ -695,6 +817,11 @@ def test_plot_without_matplotlib(tmp_path, monkeypatch):
         ({"batches": [images_of("lora")]}, "objective='labels' needs labelled batches"),
         ({"batches": [{"pixel_values": images_of("lora")}]}, "objective='labels' needs labelled batches"),
         ({"steps": -1}, "steps=-1"),
+        ({"steps": 1.5}, "steps=1.5 must be an integer"),
+        ({"learning_rate": -1.0}, "learning rate of -1.0 is of no use; it must be a finite number, at least 0"),
+        ({"learning_rate": math.nan}, "learning rate of nan is of no use"),
+        ({"learning_rate": math.inf}, "learning rate of inf is of no use"),
+        ({"learning_rate": "high"}, "learning rate of 'high' is of no use"),
         ({"batches": [(images_of("lora") * math.nan, torch.zeros(8).long())]}, "The loss is nan before the first"),
         ({"learning_rate": 1e20, "steps": 3}, r"The loss is \w+ (at step \d|after 3 steps); lower.*1e\+20"),
         ({"objective": lambda logits, labels: logits}, r"must return a scalar, got.*\(8, 3\)"),

@@ -7,7 +7,8 @@ from peft.tuners.lora import LoraLayer
 from tiny import CONFIGS, tiny_dataset, tiny_images, tiny_model, tiny_processor
 
 import dynammo_peft as dp
-from dynammo_peft import DynammoLoraConfig
+from dynammo_peft import DynammoConfig, DynammoLoraConfig
+from dynammo_peft.merging import adapter_tensors, input_grams, merge_adapters
 from dynammo_peft.tuner.heads import class_logits
 
 
@@ -226,6 +227,47 @@ def test_nothing_is_folded_for_a_while():
     with pytest.raises(NotImplementedError, match="merge_and_unload"):
         model.merge_adapter()
     assert torch.equal(model(pixel_values=images).logits, before)
+
+
+def test_regmean_measures_what_enters_the_factors(scenario):
+    arguments = dp.DynammoArguments(adapter_epochs=1, memory_size=0, merge="regmean", adapter_init="random")
+    method = dp.Dynammo(tiny_model("vit"), arguments, DynammoLoraConfig(r=2, feature_modules=[]))
+    dp.Learner(method, progress=False).fit(scenario)
+    model, names = method.model, ["task_000", "task_001", "task_002"]
+    batches = [[scenario.transform(task.train.images)] for task in scenario]
+    grams = [input_grams(model, name, own) for name, own in zip(names, batches)]
+    merge_adapters(model, names, adapter_name="expected", combination_type="regmean", grams=grams)
+    merge_adapters(model, names, adapter_name="mean", combination_type="uniform")
+    expected, mean = adapter_tensors(model, "expected"), adapter_tensors(model, "mean")
+    for key, value in adapter_tensors(model, "merged").items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)
+    assert any(not torch.allclose(expected[key], mean[key], atol=1e-3) for key in expected)
+    # Learning goes on with what was measured of each adapter.
+    tensors = method.merging.state()
+    assert len(tensors) == 3 * len(expected)
+    again = dp.Dynammo(tiny_model("vit"), arguments, DynammoLoraConfig(r=2, feature_modules=[]))
+    again.merging.restore(names, tensors)
+    assert again.merging.measurements.of_adapters[2].keys() == expected.keys()
+    with pytest.raises(ValueError, match="merge='regmean' needs what was measured of each adapter"):
+        again.merging.restore(names, {key: tensors[key] for key in tensors if not key.startswith("grams.1.")})
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [("resnet_basic", DynammoLoraConfig()), ("vit", DynammoConfig()), ("vit", DynammoLoraConfig(target_modules="x"))],
+)
+def test_regmean_is_refused_without_linear_layers(name, lora):
+    with pytest.raises(ValueError, match="merge='regmean' is for linear layers.*DynammoLoraConfig"):
+        dp.Dynammo(tiny_model(name), dp.DynammoArguments(merge="regmean"), lora)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "convnext"])
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_regmean_is_for_all_with_linear_layers(name, targets):
+    lora = DynammoLoraConfig(target_modules=targets)
+    method = dp.Dynammo(tiny_model(name), dp.DynammoArguments(merge="regmean"), lora)
+    assert method.merging.measurements.kind == "grams"
+    assert method.config.target_modules == targets
 
 
 def test_learned_weights_are_refused():

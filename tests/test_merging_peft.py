@@ -22,7 +22,7 @@ from peft.utils import merge_utils
 from tiny import tiny_images, tiny_model
 from torch import nn
 
-from dynammo_peft.merging import adapted_base, adapter_slots, adapter_tensors, merge_adapters
+from dynammo_peft.merging import adapted_base, adapter_slots, adapter_tensors, merge_adapters, set_adapter_tensors
 from dynammo_peft.merging import merge as merge_module
 from dynammo_peft.merging.checks import check_name_is_free
 
@@ -461,3 +461,83 @@ def test_half_precision():
     model.add_adapter("a1", LoraConfig(**LORA), autocast_adapter_dtype=False)
     merge_adapters(model, ["a0", "a1"])
     assert {tensor.dtype for tensor in adapter_tensors(model, "merged").values()} == {torch.bfloat16}
+
+
+class Mixed(nn.Module):
+    """A parameter of its own, and a layer inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.eye(6))
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.inner(x @ self.kernel)
+
+
+def mixed_lora(targets, count):
+    config = {"target_modules": targets, "target_parameters": ["mixed.kernel"], "r": 2}
+    return with_adapters(*[LoraConfig(**config) for _ in range(count)], base=nn.Sequential(OrderedDict(mixed=Mixed())))
+
+
+@torch.no_grad()
+def test_target_parameters_are_merged_where_peft_can_make_them_again():
+    model, inputs = mixed_lora([], 2), torch.randn(4, 6)
+    before = model(inputs)
+    merge_adapters(model, ["a0", "a1"], [1.0, 0.0])
+    model.set_adapter("merged")
+    torch.testing.assert_close(model(inputs), before)
+    model.set_adapter("a1")
+    assert not torch.allclose(model(inputs), before)
+
+
+def test_layers_inside_of_what_target_parameters_wraps_are_refused():
+    # PEFT finds them for the first adapter of a model only.
+    model = mixed_lora(["inner"], 1)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match="no 'mixed.*inner.lora_A.weight' for a second adapter.*target_parameters"):
+        merge_adapters(model, ["a0"])
+    assert list(model.state_dict()) == before
+    assert list(model.peft_config) == ["a0"]
+
+
+def lora_of(alphas, alike=False):
+    model = with_adapters(*[LoraConfig(target_modules=ATTENTION, r=4, lora_alpha=alpha) for alpha in alphas])
+    if alike:
+        for index in range(1, len(alphas)):
+            set_adapter_tensors(model, f"a{index}", adapter_tensors(model, "a0"))
+    return model, [f"a{index}" for index in range(len(alphas))]
+
+
+@torch.no_grad()
+def test_the_update_of_merged_lora_has_mixed_products():
+    model, names = lora_of([2, 4, 8])
+    weights = [0.5, -1.5, 0.25]
+    merge_adapters(model, names, weights)
+    layers = {key: layer for key, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    found = delta_weights(model, "merged")
+    for key, layer in layers.items():
+        expected, own = 0, 0
+        for i, (first, w_i) in enumerate(zip(names, weights)):
+            for j, (second, w_j) in enumerate(zip(names, weights)):
+                share = abs(w_i * layer.scaling[first] * w_j * layer.scaling[second]) ** 0.5
+                term = math.copysign(share, w_i) * layer.lora_B[second].weight @ layer.lora_A[first].weight
+                expected = expected + term
+                own = own + (term if i == j else 0)
+        torch.testing.assert_close(found[key], expected, rtol=1e-4, atol=1e-4)
+        # Each adapter's own update has its weight.
+        parts = [weight * layer.get_delta_weight(name) for name, weight in zip(names, weights)]
+        torch.testing.assert_close(own, sum(parts), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(found[key], own, atol=1e-2)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_equal_weights_of_lora_are_no_mean(count):
+    model, names = lora_of([4] * count, alike=True)
+    one = delta_weights(model, "a0")
+    for combination_type, factor in (("linear", count), ("uniform", 1)):
+        merge_adapters(model, names, combination_type=combination_type)
+        expected = {key: factor * value for key, value in one.items()}
+        assert_same(delta_weights(model, "merged"), expected, rtol=1e-4, atol=1e-5)
+    model.add_weighted_adapter(names, [1 / count] * count, "side_by_side", combination_type="cat")
+    assert_same(delta_weights(model, "side_by_side"), one, rtol=1e-4, atol=1e-5)

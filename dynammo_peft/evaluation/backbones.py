@@ -11,11 +11,12 @@ import datasets
 import torch
 from peft import get_peft_model
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from ..data import ClassIncrementalScenario, ClassStatistics, data_loader, resized_image_processor
 from ..methods.analytic import ridge_regression
 from ..tuner import DynammoConfig
+from ..tuner.architectures import ARCHITECTURES
 from .cost import forward_cost
 
 
@@ -73,7 +74,8 @@ def recommend_backbone(
         `list[BackboneScore]`: One for each candidate.
 
     Raises:
-        ValueError: If there are no candidates, or a class has fewer than `2 * shots` images.
+        ValueError: If there are no candidates, one is of no supported type, or a class has fewer than `2 * shots`
+            images.
 
     Example:
 
@@ -82,12 +84,15 @@ def recommend_backbone(
         'facebook/deit-tiny-patch16-224'
         ```
     """
+    if isinstance(candidates, str):
+        raise ValueError(f"candidates={candidates!r} is a string; give a list of checkpoints.")
     if not candidates:
         raise ValueError("candidates is empty; name at least one checkpoint.")
     for name, value in (("shots", shots), ("splits", splits)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
     rows = _draw(dataset, label_column, 2 * shots, seed)
+    _check_candidates(candidates)
     few = dataset.select(rows)
     scores = []
     for checkpoint in candidates:
@@ -111,6 +116,17 @@ def recommend_backbone(
         deviation = statistics.stdev(accuracies) if splits > 1 else 0.0
         scores.append(BackboneScore(checkpoint, statistics.mean(accuracies), deviation, cost))
     return sorted(scores, key=lambda score: -score.accuracy)
+
+
+def _check_candidates(candidates: Sequence[str]) -> None:
+    """Refuses models whose parts are not known before anything is computed with the others."""
+    for checkpoint in candidates:
+        model_type = AutoConfig.from_pretrained(checkpoint).model_type
+        if model_type not in ARCHITECTURES:
+            raise ValueError(
+                f"Candidate {checkpoint!r} is of model type {model_type!r}, whose features heads cannot read without "
+                f"more being said; leave it out. Supported: {', '.join(ARCHITECTURES)}."
+            )
 
 
 def _draw(dataset: datasets.Dataset, label_column: str, count: int, seed: int) -> list[int]:

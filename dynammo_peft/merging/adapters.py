@@ -23,6 +23,7 @@ Kind = Literal["parameter", "factor_a", "factor_b", "scaled", "statistic", "cons
 CONTAINERS = (nn.ModuleDict, nn.ParameterDict)
 
 # Of LoRA's two factors the product is the adapter: each takes the root of a merge weight, as PEFT has it.
+# Their product then has mixed terms too, of factors of different adapters.
 FACTORS: dict[str, Kind] = {
     "lora_A": "factor_a",
     "lora_B": "factor_b",

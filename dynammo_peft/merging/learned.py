@@ -12,9 +12,10 @@ from torch import Tensor
 from .adapters import AdaptedModel, adapted_base, adapter_slots, adapter_tensors, set_adapter_tensors
 from .checks import check_constants, check_mergeable
 from .groups import Granularity
-from .merge import merge_adapters
+from .merge import keep_weights, merge_adapters
 from .objectives import Forward, Objective
 from .optimization import FunctionalLoss, minimize, seeded
+from .scalings import scalings_over
 from .state import adapter_used, tuner_of
 from .weights import MergeWeights
 
@@ -36,10 +37,12 @@ def learn_merge_weights(
     """
     Learns the weights with which adapters are merged, and merges them so.
 
-    Only the weights are trained, from `1 / T`, by Adam through the forward of the merged adapter in evaluation mode
-    (Yang et al. 2024, "AdaMerging", https://arxiv.org/abs/2310.02575, for layers; Almakky et al. 2024, "MedMerge",
-    https://arxiv.org/abs/2403.11646, for channels). The more weights there are, the more images they need. Heads of
-    DynaMMo adapters are not merged and stay as they are. What is active, trained and in which mode is as before.
+    Only the weights are trained, by Adam through the forward of the merged adapter in evaluation mode (Yang et al.
+    2024, "AdaMerging", https://arxiv.org/abs/2310.02575, for layers; Almakky et al. 2024, "MedMerge",
+    https://arxiv.org/abs/2403.11646, for channels). They start at `1 / T`, which is the mean of the adapters but for
+    LoRA: there it is what `merge_adapters` makes of such weights. The more weights there are, the more images they
+    need. Heads of DynaMMo adapters are not merged and stay as they are. What is active, trained and in which mode is
+    as before.
 
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters of any PEFT method.
@@ -60,7 +63,7 @@ def learn_merge_weights(
 
     Returns:
         `MergeWeights`: The weights, with the loss before and after. A `DynammoConfig` also keeps them, in its
-        `merge_weights`.
+        `merge_weights`; for adapters of PEFT's own methods `MergeWeights.save_pretrained` writes them into a file.
 
     Raises:
         ValueError: If an adapter does not exist or is built differently from the first, an option does not exist, the
@@ -89,9 +92,7 @@ def learn_merge_weights(
         weights.loss_before, weights.loss_after = minimize(loss_of, groups, batches, steps, progress)
         with torch.no_grad():
             set_adapter_tensors(model, adapter_name, weights.combine(stacked))
-    config = model.peft_config[adapter_name]
-    if hasattr(config, "merge_weights"):
-        config.merge_weights = weights.as_dict()
+    keep_weights(model, adapter_name, weights)
     return weights
 
 
@@ -115,11 +116,7 @@ def adapter_merge_weights(
         ValueError: If an adapter or the granularity does not exist.
     """
     slots, tensors = adapter_slots(model, adapter_name), adapter_tensors(model, adapter_name)
-    scalings = {}
-    for key, slot in slots.items():
-        if slot.kind in ("factor_a", "factor_b", "scaled"):
-            scaling = adapted_base(model).get_submodule(slot.layer).scaling
-            scalings[key] = torch.tensor([scaling[name] / scaling[adapter_name] for name in adapters])
+    scalings = scalings_over(model, slots, adapters, adapter_name)
     weights = MergeWeights.for_slots(adapters, slots, tensors, granularity, simplex, scalings)
     return weights.to(next(iter(tensors.values())).device)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
@@ -13,27 +12,23 @@ from .adapters import (
     AdaptedModel,
     AdapterTensors,
     Slot,
-    adapted_base,
-    adapter_layers,
     adapter_slots,
-    adapter_tensors,
     set_adapter_tensors,
     tensors_of_adapters,
 )
 from .checks import check_constants, check_mergeable
+from .creation import check_made, create_adapter
 from .functions import average_statistics
 from .registry import MergeFunction, check_runs, find_combination
+from .scalings import SCALED, scalings_of
 from .state import adapter_replaced, tuner_of
-
-
-# Kinds of tensors that the layer multiplies by the adapter's scaling.
-SCALED = ("factor_a", "factor_b", "scaled")
+from .weights import MergeWeights
 
 
 def merge_adapters(
     model: AdaptedModel,
     adapters: Sequence[str],
-    weights: Optional[Sequence[float]] = None,
+    weights: Optional[Union[Sequence[float], MergeWeights]] = None,
     adapter_name: str = "merged",
     combination_type: str = "linear",
     **options: Any,
@@ -42,10 +37,15 @@ def merge_adapters(
     Merges adapters of a model into a new one, for any PEFT method whose adapters are tensors of layers.
 
     Parameters, those of `modules_to_save` among them, are combined by `combination_type`; statistics of BatchNorm are
-    averaged with the weights normalised to one. LoRA's factors take the root of a weight each, so that their product
-    takes the weight, as in `LoraModel.add_weighted_adapter`; the factors of other methods (LoHa, LoKr) are combined
-    each for itself. Heads of DynaMMo adapters are placed side by side; a class that several
-    adapters have keeps the head of the first of them.
+    averaged with the weights normalised to one. The factors of LoHa and LoKr are combined each for itself. Heads of
+    DynaMMo adapters are placed side by side; a class that several adapters have keeps the head of the first of them.
+
+    LoRA's factors are combined as in `LoraModel.add_weighted_adapter`, each with the roots of weights `w_i` and
+    scalings `s_i`. With `"linear"` the merged update is `sum_ij sign(w_i) sqrt(|w_i s_i w_j s_j|) B_j A_i`: of each
+    adapter its own update with its weight, `w_i s_i B_i A_i`, and products of one adapter's factor with another's.
+    That is no mean: of `T` equal adapters with weights of `1 / T` it is `T` times their update. `"uniform"` takes the
+    mean of each factor, of equal adapters their update. The weighted sum of the updates alone is what `"cat"` of
+    `LoraModel` and `DynammoLoraModel` gives, at `T` times the rank.
 
     The new adapter has the first one's configuration and is frozen. It replaces an adapter of its name. What is
     active, trained and in training mode stays so. If anything fails, the model is as it was.
@@ -53,8 +53,9 @@ def merge_adapters(
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
         adapters (`Sequence[str]`): Names of the adapters to merge.
-        weights (`Optional[Sequence[float]]`):
-            A weight for each. If `None`, `1 / len(adapters)`, or 1 where the function averages by itself (`"ties"`).
+        weights (`Optional[Union[Sequence[float], MergeWeights]]`):
+            A weight for each, or learned ones, which give the adapter again that `learn_merge_weights` made. If
+            `None`, `1 / len(adapters)`, or 1 where the function averages by itself (`"ties"`).
             What replaces a tensor of the base model instead of being added to it (LN tuning, `modules_to_save`,
             DoRA's magnitudes, IA3's factors) is scaled by weights that do not sum to one.
         adapter_name (`str`): Name of the new adapter.
@@ -62,8 +63,9 @@ def merge_adapters(
         options: Keyword-only arguments of that function, as `density`.
 
     Raises:
-        ValueError: If an adapter does not exist or is built differently from the first, weights are unusable, or a
-            function or option does not exist, is missing or unusable.
+        ValueError: If an adapter does not exist or is built differently from the first, weights are unusable or of
+            other adapters, a function or option does not exist, is missing or unusable, or PEFT cannot make an adapter
+            like the first.
 
     Example:
 
@@ -76,16 +78,48 @@ def merge_adapters(
     function.check_options(options)
     adapters = list(adapters)
     check_mergeable(model, adapters, adapter_name)
+    if isinstance(weights, MergeWeights):
+        _check_learned(weights, adapters, combination_type)
     slots = adapter_slots(model, adapters[0])
-    scalings = _scalings(model, slots, adapters)
+    scalings = scalings_of(model, slots, adapters)
     merged = _merged_tensors(model, slots, scalings, adapters, weights, function, options)
     with adapter_replaced(model, adapter_name, active_instead=adapters[0]):
-        _create_adapter(model, adapters, adapter_name)
+        create_adapter(model, adapters, adapter_name)
+        check_made(model, slots, adapter_name)
         check_constants(model, [adapters[0], adapter_name])
-        own = _scalings(model, slots, [adapter_name])
+        own = scalings_of(model, slots, [adapter_name])
         for key, (scaling,) in own.items():
             merged[key] = merged[key] * _share(slots[key], torch.tensor(scalings[key][0] / scaling)).item()
         set_adapter_tensors(model, adapter_name, merged)
+        if isinstance(weights, MergeWeights):
+            keep_weights(model, adapter_name, weights)
+
+
+def keep_weights(model: AdaptedModel, adapter_name: str, weights: MergeWeights) -> None:
+    """Writes merge weights into the configuration of the adapter that they made, if it has a field for them.
+
+    Args:
+        model (`Union[PeftModel, BaseTuner]`): A model with adapters.
+        adapter_name (`str`): Name of the merged adapter.
+        weights (`MergeWeights`): The weights.
+    """
+    config = model.peft_config[adapter_name]
+    if hasattr(config, "merge_weights"):
+        config.merge_weights = weights.as_dict()
+
+
+def _check_learned(weights: MergeWeights, adapters: Sequence[str], combination_type: str) -> None:
+    """Raises a `ValueError` unless merge weights are of these adapters, and of a weighted sum."""
+    if combination_type != "linear":
+        raise ValueError(
+            f"MergeWeights are those of combination_type='linear', got {combination_type!r}; give one weight an "
+            "adapter instead."
+        )
+    if list(weights.adapters) != list(adapters):
+        raise ValueError(
+            f"The merge weights are of the adapters {', '.join(weights.adapters)}, in this order, got "
+            f"{', '.join(adapters)}."
+        )
 
 
 def merge_into(
@@ -122,7 +156,7 @@ def merge_into(
     function = find_combination(arguments.pop("combination_type", combination_type))
     weights = arguments.pop("weights", None)
     slots = adapter_slots(model, merged)
-    scalings = _scalings(model, slots, [merged, adapter])
+    scalings = scalings_of(model, slots, [merged, adapter])
     tensors = _merged_tensors(model, slots, scalings, [merged, adapter], weights, function, {**options, **arguments})
     tuner = tuner_of(model)
     if hasattr(tuner, "append_heads"):
@@ -136,12 +170,14 @@ def _merged_tensors(
     slots: Mapping[str, Slot],
     scalings: Mapping[str, list[float]],
     adapters: Sequence[str],
-    weights: Optional[Sequence[float]],
+    weights: Optional[Union[Sequence[float], MergeWeights]],
     function: MergeFunction,
     options: Mapping[str, Any],
 ) -> AdapterTensors:
-    mixture = function.check_weights(weights, len(adapters))
     tensors = tensors_of_adapters(model, adapters)
+    if isinstance(weights, MergeWeights):
+        return weights.of_tensors(slots, tensors[0], _ratios(scalings)).combine(tensors)
+    mixture = function.check_weights(weights, len(adapters))
     return combine(slots, tensors, mixture, function, options, _ratios(scalings))
 
 
@@ -234,43 +270,6 @@ def _same(key: str, tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].clone()
 
 
-def _scalings(model: AdaptedModel, slots: Mapping[str, Slot], adapters: Sequence[str]) -> dict[str, list[float]]:
-    """The adapters' scalings of the tensors that have one, by key."""
-    base = adapted_base(model)
-    scalings = {}
-    for key, slot in slots.items():
-        if slot.kind in SCALED:
-            of_layer = base.get_submodule(slot.layer).scaling
-            scalings[key] = [float(of_layer[name]) for name in adapters]
-            for name, scaling in zip(adapters, scalings[key]):
-                if scaling == 0:
-                    raise ValueError(f"Adapter {name!r} has the scaling 0 in {slot.layer!r}; give it a lora_alpha.")
-    return scalings
-
-
 def _ratios(scalings: Mapping[str, list[float]]) -> dict[str, Tensor]:
     """Scalings over those of the first adapter."""
     return {key: torch.tensor(values, dtype=torch.float64) / values[0] for key, values in scalings.items()}
-
-
-def _create_adapter(model: AdaptedModel, adapters: list[str], adapter_name: str) -> None:
-    """Adds an adapter with the first one's configuration, in the mode of the layers it is in."""
-    tuner = tuner_of(model)
-    if hasattr(tuner, "create_merged_adapter"):
-        tuner.create_merged_adapter(adapters, adapter_name)
-        return
-    # Not `PeftModel.add_adapter`, which adds to the configuration's `modules_to_save` for some task types.
-    config = copy.deepcopy(tuner.peft_config[adapters[0]])
-    config.inference_mode = True
-    tuner.peft_config[adapter_name] = config
-    tuner.inject_adapter(tuner.model, adapter_name)
-    half = any(
-        tensor.dtype in (torch.float16, torch.bfloat16) for tensor in adapter_tensors(model, adapters[0]).values()
-    )
-    tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not half)
-    for _, layer in adapter_layers(model):
-        for name in (*layer.adapter_layer_names, *layer.other_param_names):
-            container = getattr(layer, name, None)
-            if isinstance(container, torch.nn.ModuleDict) and adapter_name in container:
-                # PEFT's new modules are in training mode, also in a model in evaluation mode.
-                container[adapter_name].train(layer.training)

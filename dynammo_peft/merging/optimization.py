@@ -74,11 +74,10 @@ def minimize(
         `tuple[float, float]`: Mean loss of the first batches (at most `EVALUATION_BATCHES`) before and after.
 
     Raises:
-        ValueError: If there are no batches or they can be read but once, or the loss is not finite or does not depend
-            on the parameters.
+        ValueError: If the steps or a learning rate are no usable numbers, there are no batches or they can be read but
+            once, or the loss is not finite or does not depend on the parameters.
     """
-    if steps < 0:
-        raise ValueError(f"steps={steps} must not be negative.")
+    _check_numbers(steps, [group["lr"] for group in parameters])
     if iter(batches) is batches:
         raise ValueError(READ_ONCE)
     probe = list(islice(batches, EVALUATION_BATCHES))
@@ -109,6 +108,15 @@ def minimize(
     if not math.isfinite(after):
         raise ValueError(f"The loss is {after} after {steps} steps; lower the learning rate ({rates}).")
     return before, after
+
+
+def _check_numbers(steps: int, rates: Sequence[float]) -> None:
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps={steps!r} must be an integer, and not negative.")
+    for rate in rates:
+        # Adam itself looks at its default only, and not at what a group has.
+        if not isinstance(rate, (int, float)) or not math.isfinite(rate) or rate < 0:
+            raise ValueError(f"A learning rate of {rate!r} is of no use; it must be a finite number, at least 0.")
 
 
 def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import AdapterTensors, Slot
-from .groups import Granularity, WeightGroup, channel_dim, check_granularity, weight_groups
-
-
-# Below this the root of a weight goes on as a straight line: its slope would grow without bound.
-ROOT_THRESHOLD = 1e-4
+from .groups import Granularity, WeightGroup, check_granularity, weight_groups
+from .weight_files import find_weights, read_groups, write_weights
+from .weight_tables import draw_table, table_of
+from .weighted_sums import weighted_sum
 
 
 class MergeWeights(nn.Module):
@@ -95,6 +94,34 @@ class MergeWeights(nn.Module):
         check_granularity(granularity)
         return cls(adapters, weight_groups(slots, tensors, granularity), granularity, simplex, slots, scalings)
 
+    def of_tensors(
+        self, slots: Mapping[str, Slot], tensors: AdapterTensors, scalings: Optional[Mapping[str, Tensor]] = None
+    ) -> MergeWeights:
+        """The same weights for other tensors, as of a model that was loaded again.
+
+        Args:
+            slots (`Mapping[str, Slot]`): The tensors to merge, by key.
+            tensors (`dict[str, Tensor]`): Those of one of the adapters, for their shapes.
+            scalings (`Optional[Mapping[str, Tensor]]`): As the class takes them.
+
+        Raises:
+            ValueError: If there are no weights for a tensor, weights without tensors, or channels are not as many.
+        """
+        own = {group.name: group.channels for group in self.groups}
+        asked = {group.name: group.channels for group in weight_groups(slots, tensors, self.granularity)}
+        for name in {**asked, **own}:
+            if own.get(name) != asked.get(name):
+                channels, needed = (_counted(groups.get(name)) for groups in (own, asked))
+                raise ValueError(
+                    f"The merge weights do not fit the adapters: of {name!r} they have {channels}, the adapters need "
+                    f"{needed}. Load the model and adapters for which the weights were learned."
+                )
+        result = MergeWeights(self.adapters, self.groups, self.granularity, self.simplex, slots, scalings)
+        with torch.no_grad():
+            result.values.copy_(self.values)
+        result.loss_before, result.loss_after = self.loss_before, self.loss_after
+        return result.to(next(iter(tensors.values())).device)
+
     def forward(self, slot_key: str) -> Tensor:
         """The weights of a tensor.
 
@@ -110,10 +137,11 @@ class MergeWeights(nn.Module):
         """
         The merged tensors, differentiable in the weights.
 
-        Parameters are summed with their weights. LoRA's factors take the root of the weight, so that their product
-        takes the weight (as `LoraModel.add_weighted_adapter` has it). Running statistics are averaged with the
-        weights' absolute values, normalised to one and without gradient. Integer ones are added up; constants are the
-        first adapter's.
+        Parameters are summed with their weights. LoRA's factors take the root of the weight each, so that in their
+        product an adapter's own update has its weight, beside products of different adapters' factors, as
+        `LoraModel.add_weighted_adapter` has it (the formula is at `merge_adapters`). Running statistics are averaged
+        with the weights' absolute values, normalised to one and without gradient. Integer ones are added up; constants
+        are the first adapter's.
 
         Args:
             adapters (`Union[Sequence[dict[str, Tensor]], dict[str, Tensor]]`): The tensors of each adapter by key, or
@@ -128,7 +156,8 @@ class MergeWeights(nn.Module):
         stacked = adapters if isinstance(adapters, Mapping) else self.stack(adapters)
         mixture = self._mixture()
         return {
-            key: self._combine(slot, stacked[key], self._weights_of(key, mixture)) for key, slot in self.slots.items()
+            key: weighted_sum(slot, stacked[key], self._weights_of(key, mixture), self.scalings.get(key))
+            for key, slot in self.slots.items()
         }
 
     def stack(self, adapters: Sequence[AdapterTensors]) -> AdapterTensors:
@@ -142,31 +171,6 @@ class MergeWeights(nn.Module):
             if missing is not None:
                 raise ValueError(f"Adapter {name!r} has no tensor {missing!r}; all adapters must have the same.")
         return {key: torch.stack([tensors[key].detach() for tensors in adapters]) for key in self.slots}
-
-    def _combine(self, slot: Slot, stacked: Tensor, weights: Tensor) -> Tensor:
-        if slot.kind == "constant":
-            return stacked[0]
-        if not stacked.is_floating_point():
-            return stacked.sum(dim=0, dtype=stacked.dtype)
-        if slot.kind == "statistic":
-            # Batch normalisation has no gradient for its running statistics.
-            shares = weights.detach().abs()
-            # Where all weights are zero, none is preferred.
-            shares = torch.where(shares.sum(dim=0) > 0, shares, torch.ones_like(shares))
-            weights = shares / shares.sum(dim=0)
-        if slot.key in self.scalings:
-            scaling = self.scalings[slot.key].to(weights)
-            weights = weights * scaling.reshape(-1, *[1] * (weights.dim() - 1))
-        if slot.kind in ("factor_a", "factor_b"):
-            weights = weights / weights.abs().clamp(min=ROOT_THRESHOLD).sqrt()
-            # The sign must be on one side only.
-            weights = weights if slot.kind == "factor_a" else weights.abs()
-        weights = weights.to(stacked.dtype)
-        if weights.dim() == 2:
-            shape = [1] * stacked.dim()
-            shape[0], shape[1 + channel_dim(slot, stacked[0])] = weights.shape
-            return (weights.reshape(shape) * stacked).sum(dim=0)
-        return torch.tensordot(weights, stacked, dims=1)
 
     def _mixture(self) -> Tensor:
         """All weights, `(T, number a task)`."""
@@ -208,29 +212,51 @@ class MergeWeights(nn.Module):
     ) -> MergeWeights:
         """The weights that `as_dict` described.
 
+        `merge_adapters` takes them as they are; it finds tensors and scalings in the model.
+
         Args:
             data (`Mapping[str, Any]`): Result of `as_dict`, as in the configuration of a merged adapter.
             slots (`Optional[Mapping[str, Slot]]`): The tensors to merge; needed for `combine` only.
-            scalings (`Optional[Mapping[str, Tensor]]`): As the class takes them.
+            scalings (`Optional[Mapping[str, Tensor]]`): As the class takes them: for `combine`, where scalings differ.
+
+        Raises:
+            ValueError: If something is missing, or weights are no finite numbers or not as many as the adapters.
         """
-        columns = [torch.tensor(group["weights"]) for group in data["groups"]]
-        groups = [
-            WeightGroup(
-                group.get("layer", ""),
-                group.get("container", ""),
-                group.get("tensor", ""),
-                weights.shape[1] if weights.dim() == 2 else 0,
-            )
-            for group, weights in zip(data["groups"], columns)
-        ]
+        groups, mixture = read_groups(data)
         result = cls(data["adapters"], groups, data["granularity"], data["simplex"], slots, scalings)
-        mixture = torch.cat([weights.reshape(len(result.adapters), -1) for weights in columns], dim=1)
         if result.simplex:
             mixture = mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log() / len(result.adapters)
         with torch.no_grad():
             result.values.copy_(mixture)
         result.loss_before, result.loss_after = data.get("loss_before"), data.get("loss_after")
         return result
+
+    def save_pretrained(self, save_directory: Union[str, os.PathLike]) -> None:
+        """Writes the weights as `merge_weights.json`, for adapters whose configuration has no place for them.
+
+        Args:
+            save_directory (`Union[str, os.PathLike]`): The folder; best that of the merged adapter.
+
+        Raises:
+            ValueError: If there is a file in the place of the folder.
+        """
+        write_weights(self.as_dict(), save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Union[str, os.PathLike], subfolder: Optional[str] = None, **kwargs: Any
+    ) -> MergeWeights:
+        """The weights of a merged adapter: what `save_pretrained` wrote, or what its configuration keeps.
+
+        Args:
+            pretrained_model_name_or_path (`Union[str, os.PathLike]`): The adapter's folder, or its id on the Hub.
+            subfolder (`Optional[str]`): Where in it.
+            kwargs: Keyword arguments of `huggingface_hub.hf_hub_download`, as `revision` and `token`.
+
+        Raises:
+            ValueError: If there are none, or they are unusable.
+        """
+        return cls.from_dict(find_weights(pretrained_model_name_or_path, subfolder, **kwargs))
 
     def layer_means(self) -> dict[str, list[float]]:
         """Mean weight of each adapter by layer; by `""` where a weight holds for all layers."""
@@ -242,14 +268,7 @@ class MergeWeights(nn.Module):
 
     def table(self) -> str:
         """Mean weight by layer (rows) and adapter (columns), to be printed."""
-        means = {layer or "all layers": row for layer, row in self.layer_means().items()}
-        first = max(map(len, ["layer", *means]))
-        widths = [max(len(name), 7) for name in self.adapters]
-        lines = [["layer", *self.adapters], *([layer, *(f"{w:.3f}" for w in row)] for layer, row in means.items())]
-        return "\n".join(
-            "  ".join([line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], widths))])
-            for line in lines
-        )
+        return table_of(self.layer_means(), self.adapters)
 
     def __str__(self) -> str:
         title = f"Merge weights by {self.granularity} for {len(self.adapters)} adapters"
@@ -266,16 +285,10 @@ class MergeWeights(nn.Module):
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plot needs matplotlib: pip install dynammo_peft[plots]") from error
-        means = self.layer_means()
-        # No pyplot: it would choose a back end for the whole process.
-        figure = Figure(figsize=(3 + 0.6 * len(self.adapters), 1.5 + 0.3 * len(means)), layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow(list(means.values()), aspect="auto")
-        axes.set_xticks(range(len(self.adapters)), self.adapters, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(means)), [layer or "all layers" for layer in means])
-        figure.colorbar(image, label="merge weight")
-        figure.savefig(path)
+        draw_table(self.layer_means(), self.adapters, path)
+
+
+def _counted(channels: Optional[int]) -> str:
+    if channels is None:
+        return "none"
+    return f"weights of {channels} channels" if channels else "one weight an adapter"

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
-import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional
 
 import torch
 from torch import Tensor
 from torch.utils.data import WeightedRandomSampler
 
 from ..data import ClassStatistics, LabelledImages, Task, data_loader
-from ..merging import adapter_tensors, diagonal_fisher, gaussian_likelihood, learn_merge_weights, merge_into
+from ..merging import adapter_tensors, gaussian_likelihood, learn_merge_weights, merge_into
 from ..merging.recalibration import recalibrate
 from ..merging.registry import COMBINATIONS, check_runs
 from ..tuner.head_config import check_choice
 from .adapters import AdapterMethod
 from .analytic import regularised
+from .measurements import Measurements
+from .merge_options import check_options, filled_in, read_options
 
 
 Granularity = Literal["none", "task", "layer", "channel"]
@@ -82,26 +83,39 @@ class Merging:
     def __init__(self, method: AdapterMethod) -> None:
         self.method = method
         self.arguments = method.arguments
-        self.options = _options(self.arguments.merge_options)
+        self.options = read_options(self.arguments.merge_options)
         averaging = method.config.averaging
         self.combination_type = averaging if self.arguments.merge is None else self.arguments.merge
         check_choice("merge", self.combination_type, dict.fromkeys([averaging, *COMBINATIONS]))
+        if self.combination_type == "running_mean":
+            raise ValueError(
+                "merge='running_mean' counts the first adapter as many, but all adapters are merged at once; choose "
+                "merge='uniform', their mean, with offload_adapters if they shall be taken in one by one."
+            )
         # What PEFT alone has takes the options of a weighted sum: none.
         function = COMBINATIONS.get(self.combination_type, COMBINATIONS["linear"])
-        known = inspect.signature(function.function).parameters
-        # What is measured, and what training started from, is filled in at each merge.
-        self.measures_fisher, self.takes_base = "fisher" in known, "base" in known
-        function.check_options({**self.options, **({"fisher": ()} if self.measures_fisher else {})})
+        check_options(self.combination_type, function, self.options)
+        automatic = filled_in(function)
+        self.takes_base = "base" in automatic
+        self.measurements = Measurements(method, automatic, self.combination_type)
+        self._check_learning()
+        if self.arguments.offload_adapters is not None:
+            self._check_offload()
+
+    def _check_learning(self) -> None:
+        """Refuses options of learned weights that have bad values or do not go with the merge."""
+        rate, steps = self.arguments.weights_learning_rate, self.arguments.weights_steps
         check_choice("learned_weights", self.arguments.learned_weights, Granularity)
         check_choice("weights_objective", self.arguments.weights_objective, Objective)
+        if not isinstance(rate, (int, float)) or not math.isfinite(rate) or rate <= 0:
+            raise ValueError(f"weights_learning_rate={rate!r} must be a finite number, greater than 0.")
+        if not isinstance(steps, int):
+            raise ValueError(f"weights_steps={steps!r} must be an integer.")
         if self.learns and self.combination_type != "linear":
             raise ValueError(
                 f"learned_weights are those of merge='linear', got merge={self.combination_type!r}"
                 + (", the only exact one for this adapter." if self.arguments.merge is None else ".")
             )
-        self._fisher: list[Any] = []
-        if self.arguments.offload_adapters is not None:
-            self._check_offload()
 
     def _check_offload(self) -> None:
         """Refuses what needs all adapters in the model."""
@@ -123,7 +137,7 @@ class Merging:
 
     def state(self) -> dict[str, Tensor]:
         """What was measured of each adapter, by name."""
-        return {f"fisher.{task}.{key}": value for task, own in enumerate(self._fisher) for key, value in own.items()}
+        return self.measurements.state()
 
     def restore(self, adapters: list[str], tensors: Mapping[str, Tensor]) -> None:
         """Takes over what `state` gave, for these adapters.
@@ -131,30 +145,11 @@ class Merging:
         Raises:
             ValueError: If the merge function needs what was not measured.
         """
-        prefixes = [f"fisher.{task}." for task in range(len(adapters))]
-        self._fisher = [
-            {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            for prefix in prefixes
-        ]
-        if self.measures_fisher and not all(self._fisher):
-            raise ValueError("merge='fisher' needs what was measured of each adapter; it was learned without.")
-        if not self.measures_fisher:
-            self._fisher = []
+        self.measurements.restore(adapters, tensors)
 
     def after_training(self, task: Task) -> None:
         """Measures on a task's own images what the merge function needs of its adapter."""
-        if not self.measures_fisher:
-            return
-        model = self.method.model
-        with model.head_output("scores"):
-            self._fisher.append(
-                diagonal_fisher(
-                    model,
-                    self.method.adapters[-1],
-                    self._batches(task.train, balanced=False),
-                    lambda logits, labels: torch.nn.functional.cross_entropy(logits, task.places(labels)),
-                )
-            )
+        self.measurements.measure(task, self._batches(task.train, balanced=False))
 
     def merge(self, adapters: list[str], merged: str, shown: LabelledImages) -> None:
         """Merges adapters into one; `shown` are images for the statistics of BatchNorm.
@@ -166,8 +161,8 @@ class Merging:
             merge_into(self.method.model, merged, adapters[-1], len(adapters) - 1, self.combination_type, **options)
             self._recalibrate(merged, shown)
             return
-        if self.measures_fisher:
-            options["fisher"] = self._fisher
+        if self.measurements.kind is not None:
+            options[self.measurements.kind] = self.measurements.of_adapters
         if self.takes_base:
             # Each adapter started as a copy of an earlier one: what training changed is the difference to the first.
             first = adapter_tensors(self.method.model, adapters[0])
@@ -196,8 +191,13 @@ class Merging:
             merged (`str`): Name of the adapter merged with equal weights, whose heads know all classes.
             shown (`LabelledImages`): The images.
             statistics (`Optional[ClassStatistics]`): Of all classes, in the feature space of `merged`.
+
+        Raises:
+            ValueError: If the objective needs images of all classes, and some class has none.
         """
         model, arguments = self.method.model, self.arguments
+        if arguments.weights_objective != "entropy":
+            self._check_classes(shown)
         settings: dict[str, Any] = {"objective": arguments.weights_objective}
         output = "scores"
         if arguments.weights_objective == "statistics":
@@ -220,25 +220,23 @@ class Merging:
             )
         self._recalibrate(merged, shown)
 
+    def _check_classes(self, shown: LabelledImages) -> None:
+        """Refuses weights that would suit some classes at the cost of those that no image stands for."""
+        there = set(shown.labels.tolist())
+        missing = [name for label, name in enumerate(self.method.class_names) if label not in there]
+        if missing:
+            raise ValueError(
+                f"The memory has no exemplar of {', '.join(map(repr, missing))}, so that "
+                f"learned_weights={self.arguments.learned_weights!r} would be learned for the other classes alone; "
+                "set memory_size to at least the number of classes, or weights_objective='entropy'."
+            )
+
     def _recalibrate(self, merged: str, shown: LabelledImages) -> None:
         if self.arguments.recalibrate:
             recalibrate(self.method.model, merged, self._batches(shown, balanced=False))
 
     def _batches(self, images: LabelledImages, balanced: bool) -> _Batches:
         return _Batches(self.method, images, balanced)
-
-
-def _options(given: Union[str, Mapping[str, Any], None]) -> dict[str, Any]:
-    """Options of a merge function: as they are from YAML, as JSON from the command line."""
-    try:
-        options = json.loads(given) if isinstance(given, str) else given or {}
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"merge_options={given!r} is no JSON ({error}); write it as in '{{\"density\": 0.5}}'."
-        ) from error
-    if not isinstance(options, Mapping):
-        raise ValueError(f"merge_options={given!r} is no mapping; write it as in '{{\"density\": 0.5}}'.")
-    return dict(options)
 
 
 class _Batches:

@@ -1,0 +1,48 @@
+"""The weighted sum of one tensor of several adapters, differentiable in the weights."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .adapters import Slot
+from .groups import channel_dim
+
+
+# Below this the root of a weight goes on as a straight line: its slope would grow without bound.
+ROOT_THRESHOLD = 1e-4
+
+
+def weighted_sum(slot: Slot, stacked: Tensor, weights: Tensor, scalings: Optional[Tensor] = None) -> Tensor:
+    """Merges a tensor as its kind wants it; see [`MergeWeights.combine`].
+
+    Args:
+        slot (`Slot`): The tensor's place.
+        stacked (`Tensor`): The adapters' tensors, `(T, ...)`.
+        weights (`Tensor`): One for each adapter, `(T,)`, or also for each output channel, `(T, channels)`.
+        scalings (`Optional[Tensor]`): Scaling of each adapter over that of the merged one, `(T,)`; none if `None`.
+    """
+    if slot.kind == "constant":
+        return stacked[0]
+    if not stacked.is_floating_point():
+        return stacked.sum(dim=0, dtype=stacked.dtype)
+    if slot.kind == "statistic":
+        # Batch normalisation has no gradient for its running statistics.
+        shares = weights.detach().abs()
+        # Where all weights are zero, none is preferred.
+        shares = torch.where(shares.sum(dim=0) > 0, shares, torch.ones_like(shares))
+        weights = shares / shares.sum(dim=0)
+    if scalings is not None:
+        weights = weights * scalings.to(weights).reshape(-1, *[1] * (weights.dim() - 1))
+    if slot.kind in ("factor_a", "factor_b"):
+        weights = weights / weights.abs().clamp(min=ROOT_THRESHOLD).sqrt()
+        # The sign must be on one side only.
+        weights = weights if slot.kind == "factor_a" else weights.abs()
+    weights = weights.to(stacked.dtype)
+    if weights.dim() == 2:
+        shape = [1] * stacked.dim()
+        shape[0], shape[1 + channel_dim(slot, stacked[0])] = weights.shape
+        return (weights.reshape(shape) * stacked).sum(dim=0)
+    return torch.tensordot(weights, stacked, dims=1)
