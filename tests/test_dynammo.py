@@ -23,7 +23,7 @@ from dynammo_peft.merging import (
     combine,
     diagonal_fisher,
 )
-from dynammo_peft.merging.registry import COMBINATIONS
+from dynammo_peft.merging.registry import COMBINATIONS, merge_function
 from dynammo_peft.methods.adapters import TwoStageMethod
 
 
@@ -604,6 +604,13 @@ def test_augmented_views_widen_the_statistics():
         ({"shrinkage": 1.5}, {}, ["shrinkage=1.5", "at most 1"]),
         ({"shrinkage": -0.5}, {}, ["shrinkage=-0.5", "at least 0"]),
         ({"drift_ridge": -1.0}, {}, ["drift_ridge=-1.0", "at least 0"]),
+        ({"drift_ridge": float("nan")}, {}, ["drift_ridge=nan", "finite"]),
+        ({"feature_distillation": float("inf")}, {}, ["feature_distillation=inf", "finite"]),
+        ({"drift_ridge": "strong"}, {}, ["drift_ridge='strong'", "at least 0"]),
+        ({"shrinkage": float("nan")}, {}, ["shrinkage=nan", "at most 1"]),
+        ({"feature_views": 1.5}, {}, ["feature_views=1.5", "integer"]),
+        ({"samples_per_class": 2.5}, {}, ["samples_per_class=2.5", "integer"]),
+        ({"covariance_rank": 0}, {}, ["covariance_rank=0", "at least 1"]),
         ({"samples_per_class": 0}, {}, ["samples_per_class=0", "at least 1"]),
         ({"weights_steps": -1}, {}, ["weights_steps=-1", "at least 0"]),
         ({"covariance_rank": 0}, {}, ["rank=0", "at least 1"]),
@@ -659,7 +666,7 @@ def test_the_distillation_loss_is_the_change_of_features(scenario):
     [
         ({"merge": "exponential_moving_average", "merge_options": {"decay": 3}}, ["decay=3", "between 0 and 1"]),
         ({"merge": "ties", "merge_options": {"density": -1}}, ["density=-1", "[0, 1]"]),
-        ({"merge": "ties", "merge_options": {"density": "half"}}, ["{'density': 'half'}", "merge='ties'"]),
+        ({"merge": "ties", "merge_options": {"density": "half"}}, ["density='half'", "[0, 1]"]),
         (
             {"merge": "ties", "merge_options": {"density": 0.5, "majority_sign_method": "sum"}},
             ["majority_sign_method='sum'", "'total' or 'frequency'"],
@@ -678,6 +685,18 @@ def test_bad_values_of_the_merge_are_refused_at_once(options, words):
     with pytest.raises(ValueError) as error:
         Dynammo(tiny_model("vit"), arguments(**options))
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_bad_values_for_a_merge_of_ones_own_are_refused_at_once():
+    @merge_function()
+    def faded(adapters, weights, *, by):
+        return {key: adapters[0][key] / by for key in adapters[0]}
+
+    try:
+        with pytest.raises(ValueError, match="merge_options={'by': 'half'} are of no use for merge='faded'"):
+            Dynammo(tiny_model("vit"), arguments(merge="faded", merge_options={"by": "half"}))
+    finally:
+        del COMBINATIONS["faded"]
 
 
 @pytest.mark.parametrize("objective", ["labels", "statistics", "entropy"])

@@ -403,6 +403,7 @@ def test_the_check_leaves_derivatives_alone():
         ("exponential_moving_average", {"decay": "0.5"}, "decay='0.5' must be between 0 and 1"),
         ("exponential_moving_average", {"decay": 1.5}, "decay=1.5 must be between 0 and 1"),
         ("fisher", {"fisher": []}, "fisher holds 0 entries for 3 adapters"),
+        ("fisher", {"fisher": random_adapters(), "epsilon": -1}, "epsilon=-1 must be between 0 and 1"),
         ("fisher", {"fisher": [{}] * 3}, r"fisher\[0\] holds nothing for 'conv'"),
         ("fisher", {"fisher": random_adapters()}, "fisher of 'conv' must not be negative"),
         ("regmean", {"grams": [{}]}, "grams holds 1 entries for 3 adapters"),

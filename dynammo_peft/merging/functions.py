@@ -154,10 +154,12 @@ def fisher(
         `AdapterTensors`: The merged tensors.
 
     Raises:
-        ValueError: If there is not one Fisher information for each adapter and tensor, or one is negative or not
-            finite.
+        ValueError: If there is not one Fisher information for each adapter and tensor, one is negative or not
+            finite, or `epsilon` is no share.
     """
     _check_count("fisher", fisher, adapters)
+    if not is_between(epsilon, 0, 1):
+        raise ValueError(f"epsilon={epsilon!r} must be between 0 and 1: the part of the mean that is taken for zero.")
     shares = weights / weights.sum()
 
     def merge(key: str, tensors: list[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..data import ClassIncrementalScenario, ClassStatistics, LabelledImages, Task, choose_ridge, fit_affine_map
+from ..merging.registry import is_between
 from ..tuner import HeadConfig
 from ..tuner.head_config import Preset, check_choice
 from ..tuner.heads import set_class_logits
@@ -35,7 +37,6 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     "paper": {"heads": "exemplars", "feature_views": 1, "exemplars_as_others": True, "fall_back": False},
 }
 
-
 # The least value of options.
 LEAST = {
     "feature_distillation": 0,
@@ -43,7 +44,9 @@ LEAST = {
     "drift_ridge": 0,
     "samples_per_class": 1,
     "weights_steps": 0,
+    "covariance_rank": 1,
 }
+WHOLE = ("feature_views", "samples_per_class", "weights_steps", "covariance_rank")
 
 
 @dataclass
@@ -191,10 +194,15 @@ class Dynammo(TwoStageMethod):
         """Refuses at once what would otherwise show after the first task only."""
         given = {**vars(self.arguments), "feature_views": self.views}
         for name, least in LEAST.items():
-            if given[name] is not None and given[name] < least:
-                raise ValueError(f"{name}={given[name]} must be at least {least}.")
-        if not 0 <= given["shrinkage"] <= 1:
-            raise ValueError(f"shrinkage={given['shrinkage']} must be at least 0 and at most 1.")
+            value = given[name]
+            if value is None:
+                continue
+            if not is_between(value, least, sys.float_info.max):
+                raise ValueError(f"{name}={value!r} must be at least {least}, and finite.")
+            if name in WHOLE and not isinstance(value, int):
+                raise ValueError(f"{name}={value!r} must be an integer.")
+        if not is_between(given["shrinkage"], 0, 1):
+            raise ValueError(f"shrinkage={given['shrinkage']!r} must be at least 0 and at most 1.")
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         super().begin(scenario, accelerator)

@@ -104,13 +104,11 @@ class Merging:
 
     def _check_learning(self) -> None:
         """Refuses options of learned weights that have bad values or do not go with the merge."""
-        rate, steps = self.arguments.weights_learning_rate, self.arguments.weights_steps
+        rate = self.arguments.weights_learning_rate
         check_choice("learned_weights", self.arguments.learned_weights, Granularity)
         check_choice("weights_objective", self.arguments.weights_objective, Objective)
         if not isinstance(rate, (int, float)) or not math.isfinite(rate) or rate <= 0:
             raise ValueError(f"weights_learning_rate={rate!r} must be a finite number, greater than 0.")
-        if not isinstance(steps, int):
-            raise ValueError(f"weights_steps={steps!r} must be an integer.")
         if self.learns and self.combination_type != "linear":
             raise ValueError(
                 f"learned_weights are those of merge='linear', got merge={self.combination_type!r}"
