@@ -8,7 +8,8 @@ from tiny import CONFIGS, tiny_dataset, tiny_images, tiny_model, tiny_processor
 
 import dynammo_peft as dp
 from dynammo_peft import DynammoConfig, DynammoLoraConfig
-from dynammo_peft.merging import adapter_tensors, input_grams, merge_adapters
+from dynammo_peft.merging import MergeWeights, adapter_tensors, input_grams, merge_adapters
+from dynammo_peft.merging.groups import WeightGroup
 from dynammo_peft.tuner.heads import class_logits
 
 
@@ -208,6 +209,9 @@ def test_bad_merges():
         model.add_weighted_adapter(["task_000", "task_001"], adapter_name="both", combination_type="svd")
     with pytest.raises(ValueError, match="1 weights for 2 adapters"):
         model.add_weighted_adapter(["task_000", "task_001"], [1.0], adapter_name="both")
+    learned = MergeWeights(["task_000", "task_001"], [WeightGroup()], "task")
+    with pytest.raises(ValueError, match="those of combination_type='linear', got 'cat'"):
+        model.add_weighted_adapter(["task_000", "task_001"], learned, adapter_name="both")
     with pytest.raises(ValueError, match="no option 'density'"):
         model.add_weighted_adapter(["task_000", "task_001"], adapter_name="both", density=0.5)
     with pytest.raises(ValueError, match="'nobody' does not exist"):

@@ -79,7 +79,7 @@ def merge_adapters(
     adapters = list(adapters)
     check_mergeable(model, adapters, adapter_name)
     if isinstance(weights, MergeWeights):
-        _check_learned(weights, adapters, combination_type)
+        check_learned(weights, adapters, combination_type)
     slots = adapter_slots(model, adapters[0])
     scalings = scalings_of(model, slots, adapters)
     merged = _merged_tensors(model, slots, scalings, adapters, weights, function, options)
@@ -108,8 +108,8 @@ def keep_weights(model: AdaptedModel, adapter_name: str, weights: MergeWeights) 
         config.merge_weights = weights.as_dict()
 
 
-def _check_learned(weights: MergeWeights, adapters: Sequence[str], combination_type: str) -> None:
-    """Raises a `ValueError` unless merge weights are of these adapters, and of a weighted sum."""
+def check_learned(weights: MergeWeights, adapters: Sequence[str], combination_type: str) -> None:
+    """Raises a `ValueError` unless merge weights are of these adapters and the merge is their weighted sum."""
     if combination_type != "linear":
         raise ValueError(
             f"MergeWeights are those of combination_type='linear', got {combination_type!r}; give one weight an "

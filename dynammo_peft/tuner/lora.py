@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, Optional, Union
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
-from ..merging import merge_adapters
+from ..merging import MergeWeights, merge_adapters
+from ..merging.merge import check_learned
 from ..merging.registry import COMBINATIONS
 from ..merging.state import adapter_replaced
 from .architectures import ARCHITECTURES
@@ -96,7 +97,7 @@ class DynammoLoraModel(HeadTuner, LoraModel):
     def add_weighted_adapter(
         self,
         adapters: list[str],
-        weights: Optional[list[float]] = None,
+        weights: Optional[Union[list[float], MergeWeights]] = None,
         adapter_name: str = "merged",
         combination_type: str = "cat",
         **options: Any,
@@ -108,7 +109,8 @@ class DynammoLoraModel(HeadTuner, LoraModel):
 
         Args:
             adapters (`list[str]`): Names of the adapters, in the order in which their classes shall stand.
-            weights (`list[float]`, *optional*): A weight for each; 1 / T if `None`.
+            weights (`Union[list[float], MergeWeights]`, *optional*):
+                A weight for each, 1 / T if `None`; or learned ones, with `combination_type="linear"`.
             adapter_name (`str`): Name of the new adapter, defaults to `"merged"`.
             combination_type (`str`):
                 `"cat"`: the weighted sum of what the adapters add to the base weights, exactly; the rank grows with
@@ -125,6 +127,8 @@ class DynammoLoraModel(HeadTuner, LoraModel):
             merge_adapters(self, adapters, weights, adapter_name, combination_type, **options)
             return
         COMBINATIONS["linear"].check_options(options)
+        if isinstance(weights, MergeWeights):
+            check_learned(weights, adapters, combination_type)
         self.check_mergeable(adapters, adapter_name)
         mixture = COMBINATIONS["linear"].check_weights(weights, len(adapters))
         with adapter_replaced(self, adapter_name, active_instead=adapters[0]):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..merging import merge_adapters
+from ..merging import MergeWeights, merge_adapters
 from .architectures import ARCHITECTURES, Probe, check_map_sizes, choose_reduction_factor
 from .config import DynammoConfig
 from .head_model import HeadTuner
@@ -128,7 +128,7 @@ class DynammoModel(HeadTuner):
     def add_weighted_adapter(
         self,
         adapters: list[str],
-        weights: Optional[list[float]] = None,
+        weights: Optional[Union[list[float], MergeWeights]] = None,
         adapter_name: str = "merged",
         combination_type: str = "linear",
         **options: Any,
@@ -143,7 +143,8 @@ class DynammoModel(HeadTuner):
 
         Args:
             adapters (`list[str]`): Names of the adapters, in the order in which their classes shall stand.
-            weights (`list[float]`, *optional*): A weight for each; see [`~dynammo_peft.merging.merge_adapters`].
+            weights (`Union[list[float], MergeWeights]`, *optional*):
+                A weight for each, or learned ones; see [`~dynammo_peft.merging.merge_adapters`].
             adapter_name (`str`): Name of the new adapter, defaults to `"merged"`.
             combination_type (`str`): A key of [`~dynammo_peft.merging.COMBINATIONS`]; `"linear"`: the weighted sum.
             options: Options of that function, as `density` of `"ties"`.
