@@ -198,6 +198,7 @@ class CyclicSnapshots(TrainerCallback):
 
     Attributes:
         snapshots (`list[AdapterTensors]`): The copies, on the CPU, the oldest first; emptied when training starts.
+            They are not saved: training that goes on from a checkpoint gives those of the steps behind it.
 
     Raises:
         ValueError: If `steps_per_cycle` is less than 1; in training, if several adapters are active and none is named.
