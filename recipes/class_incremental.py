@@ -42,6 +42,7 @@ from dynammo_peft import (
 from dynammo_peft.data import load_image_dataset, resized_image_processor
 from dynammo_peft.hub import check_can_push, save_model
 from dynammo_peft.training.sharded import set_up_sharding
+from dynammo_peft.tuner.flips import Flip
 from dynammo_peft.tuner.head_config import HeadConfig, Preset, Scoring
 
 
@@ -112,6 +113,13 @@ class ModelArguments:
         default=None, metadata={"help": "Channels over bottleneck channels; chosen by cost if unset."}
     )
     scoring: Optional[Scoring] = field(default=None, metadata={"help": "How the heads of tasks are compared."})
+    flips: Optional[list[Flip]] = field(
+        default=None,
+        metadata={
+            "help": "Mirror images whose features are averaged with an image's own when it is classified: "
+            "'horizontal', 'vertical' or both; each costs a forward pass."
+        },
+    )
 
 
 @dataclass
@@ -215,6 +223,7 @@ def adapter_config(args: ModelArguments) -> HeadConfig:
         "target_modules": args.target_modules,
         "feature_modules": args.feature_modules,
         "scoring": args.scoring,
+        "flips": args.flips,
     }
     if args.adapter == "conv":
         return DynammoConfig(preset=args.preset, reduction_factor=args.reduction_factor, **common)

@@ -75,6 +75,8 @@ def check_publishing(args: Any, model_args: Any, method_args: Any) -> None:
         raise ValueError(
             "hub_form='stock' has no place for features of several layers; set 'feature_modules: []' in the YAML file."
         )
+    if model_args.flips:
+        raise ValueError("hub_form='stock' is a plain model, which averages over no mirror images; leave out flips.")
     if model_args.scoring not in (None, "log_odds"):
         raise ValueError(f"hub_form='stock' needs scoring='log_odds', got {model_args.scoring!r}.")
 

@@ -55,6 +55,12 @@ def test_of_an_adapted_model(tmp_path):
     assert json.loads(metadata["image_size"]) == [48, 32]
 
 
+def test_of_a_model_that_averages_over_mirror_images(tmp_path):
+    model = small("resnet", flips=["horizontal", "vertical"])
+    path = export_onnx(model, tmp_path / "model.onnx", image_size=32)
+    assert_same(path, lambda images: model(images).logits, model.unknown_score, (32, 32))
+
+
 def test_of_a_standalone_model_in_half_precision(tmp_path):
     standalone = to_standalone(small("swin", feature_modules=[]).bfloat16())
     export_onnx(standalone, tmp_path / "model.onnx", image_size=48)

@@ -136,6 +136,10 @@ def test_without_a_token_the_recipe_ends_before_it_learns(hub, waits, recipe_fil
             {"hub_form": "stock", "adapter": "lora", "feature_modules": [], "scoring": "min_others"},
             "needs scoring='log_odds'",
         ),
+        (
+            {"hub_form": "stock", "adapter": "lora", "feature_modules": [], "flips": ["vertical"]},
+            "leave out flips",
+        ),
         ({"hub_model_id": "elsewhere/cells"}, "belongs to 'elsewhere', but the token to 'tester'"),
     ],
 )

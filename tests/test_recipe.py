@@ -132,6 +132,16 @@ def test_streamed_images_give_the_same_results(tmp_path):
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".npy"] * 2
 
 
+@pytest.mark.parametrize("method", ["dynammo", "acl"])
+def test_mirror_images_are_seen_when_images_are_classified(tmp_path, method):
+    options = {"method": method, "model_type": "resnet", "model_name_or_path": None, "flips": ["horizontal"]}
+    options["config_overrides"] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    trained, _ = run([str(small_run(tmp_path, **options))])
+    assert {config.flips == ["horizontal"] for config in trained.model.peft_config.values()} == {True}
+    cost = json.loads((tmp_path / "out" / "results.json").read_text())["cost"]
+    assert cost["ratio"] > 2
+
+
 @pytest.mark.parametrize("method", ["acl", "joint"])
 def test_other_methods_run_from_the_same_file(tmp_path, method):
     trained, results = run([str(small_run(tmp_path)), "--method", method])

@@ -22,6 +22,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 # What hooks need to know or tell of the current forward of a thread: `image_size`, and `pooled` outputs of blocks.
 _FORWARD = threading.local()
+# Which dimension of images `(B, C, H, W)` a mirror turns round.
+_FLIPPED = {"horizontal": 3, "vertical": 2}
 
 
 class DynammoImageClassifierConfig(PreTrainedConfig):
@@ -37,6 +39,8 @@ class DynammoImageClassifierConfig(PreTrainedConfig):
         num_features (`int`): Features that the heads read.
         scoring (`Literal["log_odds", "min_others"]`): How the heads give one tensor of logits: each class's logit
             minus its head's "others" logit, or the head with the least "others" probability decides.
+        flips (`Sequence[Literal["horizontal", "vertical"]]`): Mirror images whose features are averaged with an
+            image's own in evaluation mode; each costs a forward pass of the backbone.
         image_size (`Optional[list[int]]`): Height and width of the images that the model was made for, in pixels.
     """
 
@@ -52,6 +56,7 @@ class DynammoImageClassifierConfig(PreTrainedConfig):
         head_sizes: Sequence[int] = (),
         num_features: int = 0,
         scoring: Literal["log_odds", "min_others"] = "log_odds",
+        flips: Sequence[Literal["horizontal", "vertical"]] = (),
         image_size: Optional[Sequence[int]] = None,
         **kwargs: Any,
     ) -> None:
@@ -64,6 +69,7 @@ class DynammoImageClassifierConfig(PreTrainedConfig):
         self.head_sizes = list(head_sizes)
         self.num_features = num_features
         self.scoring = scoring
+        self.flips = list(flips)
         self.image_size = None if image_size is None else list(image_size)
         super().__init__(**kwargs)
 
@@ -177,6 +183,9 @@ class DynammoForImageClassification(PreTrainedModel):
         sizes = config.head_sizes
         if config.scoring not in ("log_odds", "min_others"):
             raise ValueError(f"scoring={config.scoring!r} does not exist; choose 'log_odds' or 'min_others'.")
+        unknown = [flip for flip in config.flips if flip not in _FLIPPED]
+        if unknown:
+            raise ValueError(f"flips={config.flips!r} holds {unknown[0]!r}; choose of 'horizontal', 'vertical'.")
         if not sizes or min(sizes) < 1 or sum(sizes) != config.num_labels:
             raise ValueError(
                 f"head_sizes={sizes} must be of one class at least and add up to {config.num_labels} labels."
@@ -233,6 +242,8 @@ class DynammoForImageClassification(PreTrainedModel):
         size = tuple(pixel_values.shape[2:])
         if self._interpolates and size != self._trained_size:
             kwargs.setdefault("interpolate_pos_encoding", True)
+        flips = [] if self.training else self.config.flips
+        pixel_values = torch.cat([pixel_values, *(pixel_values.flip(_FLIPPED[flip]) for flip in flips)])
         _FORWARD.image_size, _FORWARD.pooled = size, {}
         try:
             outputs = self.backbone(pixel_values, return_dict=True, **kwargs)
@@ -240,6 +251,8 @@ class DynammoForImageClassification(PreTrainedModel):
         finally:
             _FORWARD.pooled = {}
         features = torch.cat([outputs.logits.flatten(1).float(), *pooled], dim=1)
+        if flips:
+            features = features.unflatten(0, (1 + len(flips), -1)).mean(dim=0)
         with torch.autocast(features.device.type, enabled=False):
             raw_logits = F.linear(features, self.task_heads.weight.float(), self.task_heads.bias.float())
         logits, unknown_score = self._score(raw_logits)

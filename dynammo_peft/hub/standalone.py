@@ -71,6 +71,7 @@ def to_standalone(model: PeftModel, adapter_name: str = "merged") -> DynammoForI
         head_sizes=adapter_config.head_sizes,
         num_features=linear.in_features,
         scoring=adapter_config.scoring,
+        flips=adapter_config.flips,
         image_size=adapter_config.image_size,
         id2label=dict(enumerate(adapter_config.class_names)),
         label2id={name: number for number, name in enumerate(adapter_config.class_names)},

@@ -42,7 +42,7 @@ class DynammoConfig(HeadConfig):
         init_alpha (`float`): Initial value of the learned scale of the residual branch.
         modules_to_save (`Optional[list[str]]`):
             Further modules of the base model to train and to save with the adapter.
-        head_module, feature_modules, classes, image_size, scoring, merge_weights: See [`HeadConfig`].
+        head_module, feature_modules, classes, image_size, scoring, flips, merge_weights: See [`HeadConfig`].
     """
 
     build_fields: ClassVar[tuple[str, ...]] = (

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal, Optional, Union
 
 from peft.config import PeftConfig
 
+from .flips import Flip
+
 
 Scoring = Literal["log_odds", "min_others"]
 Preset = Literal["default", "paper"]
@@ -42,6 +44,9 @@ class HeadConfig(PeftConfig):
             How several heads give one tensor of logits. `"log_odds"` (default): each class's logit minus its head's
             "others" logit. `"min_others"` (Qazi et al. 2024, section 2.4): the head with the least "others"
             probability decides.
+        flips (`Optional[list[Literal["horizontal", "vertical"]]]`):
+            Mirror images over which, and the image itself, features are averaged when images are classified (in
+            evaluation mode); each costs a forward pass. If `None`: none.
         merge_weights (`Optional[dict[str, Any]]`):
             With which weights a merged adapter was made, where they were learned: what
             [`~dynammo_peft.merging.MergeWeights.from_dict`] reads. It documents, and changes nothing.
@@ -50,7 +55,7 @@ class HeadConfig(PeftConfig):
     # Adapters that differ in one of these do not fit together.
     build_fields: ClassVar[tuple[str, ...]] = ()
     # Nor do those that differ in one of these make one adapter, which has a single value of it.
-    merge_fields: ClassVar[tuple[str, ...]] = ("image_size", "scoring")
+    merge_fields: ClassVar[tuple[str, ...]] = ("image_size", "scoring", "flips")
     # The `combination_type` that averages what the adapters compute, or comes closest to it.
     averaging: ClassVar[str] = "linear"
     # Whether the backbone's weights can take the adapter up.
@@ -73,6 +78,13 @@ class HeadConfig(PeftConfig):
     scoring: Optional[Scoring] = field(
         default=None, metadata={"help": "How heads are compared: 'log_odds' (default) or 'min_others' (paper)."}
     )
+    flips: Optional[list[Flip]] = field(
+        default=None,
+        metadata={
+            "help": "Mirror images whose features are averaged with an image's own when it is classified: "
+            "'horizontal', 'vertical' or both; each costs a forward pass. None if unset."
+        },
+    )
     merge_weights: Optional[dict[str, Any]] = field(
         default=None, metadata={"help": "Learned weights with which a merged adapter was made; only documents."}
     )
@@ -84,6 +96,11 @@ class HeadConfig(PeftConfig):
         check_choice("scoring", self.scoring, Scoring)
         if self.feature_modules is not None:
             self.feature_modules = list(self.feature_modules)
+        self.flips = list(self.flips or ())
+        for place, flip in enumerate(self.flips):
+            check_choice("flips", flip, Flip)
+            if flip in self.flips[:place]:
+                raise ValueError(f"flips={self.flips!r} names {flip!r} twice; once is enough.")
         self.classes = _as_heads(self.classes)
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..merging import adapter_tensors, set_adapter_tensors
 from .architectures import ARCHITECTURES, Probe, probe
 from .features import FeatureTap
+from .flips import FlipHook
 from .head_config import HeadConfig, check_choice
 from .heads import heads_of_new_classes, unknown_score
 from .image_size import ImageSizeHook, as_pair
@@ -130,6 +131,7 @@ class HeadTuner(BaseTuner):
                 layer.requires_grad_(False)
             # A new module is in training mode, also in a model in evaluation mode.
             layer.training = target.training
+            self._flip_hook = FlipHook(self.model, layer)
             setattr(parent, target_name, layer)
         else:
             super()._create_and_replace(
@@ -175,6 +177,7 @@ class HeadTuner(BaseTuner):
         """Removes the hooks that this tuner put into the base model."""
         ImageSizeHook.of(self.model).handle.remove()
         if self.head is not None:
+            self._flip_hook.handle.remove()
             for tap in self.head.taps.values():
                 tap.handle.remove()
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .architectures import Site, bottleneck_channels
 from .config import DynammoConfig
 from .features import FeatureTap
+from .flips import Flip, average_copies
 from .head_config import HeadConfig, Scoring
 from .heads import class_logits, score_heads
 from .standardisation import Standardisation
@@ -192,7 +193,7 @@ class DynammoHead(WrappingLayer):
     """
 
     adapter_layer_names = ("dynammo_head",)
-    other_param_names = ("sizes", "scoring", "feature_modules")
+    other_param_names = ("sizes", "scoring", "feature_modules", "flips")
     # Heads are placed side by side, not merged.
     is_head = True
 
@@ -209,6 +210,9 @@ class DynammoHead(WrappingLayer):
         self.taps = taps
         self.feature_modules: dict[str, list[str]] = {}
         self.output: HeadOutput = "scores"
+        # How often each image stands in the batch of the current forward.
+        self.copies = 1
+        self.flips: dict[str, list[Flip]] = {}
         # Set while a head is trained on what enters the classifier, standardised.
         self.standardisation: Optional[Standardisation] = None
         self.sizes: dict[str, tuple[int, ...]] = {}
@@ -221,6 +225,7 @@ class DynammoHead(WrappingLayer):
         sizes = config.head_sizes
         self.sizes[adapter_name] = sizes
         self.scoring[adapter_name] = config.scoring
+        self.flips[adapter_name] = list(config.flips)
         self.feature_modules[adapter_name] = list(config.feature_modules or ())
         features = self.features + sum(self.taps[name].site.channels for name in self.feature_modules[adapter_name])
         self.dynammo_head[adapter_name] = nn.Linear(features, sum(sizes) + len(sizes))
@@ -232,7 +237,7 @@ class DynammoHead(WrappingLayer):
         """Logits over the classes `(B, N)`; inside `head_output`, raw logits or the features instead."""
         names = self._own_adapters(self.dynammo_head)
         taken = {name: tap.take() for name, tap in self.taps.items()}
-        parts = {name: self._features(hidden_states, taken, name) for name in names}
+        parts = {name: average_copies(self._features(hidden_states, taken, name), self.copies) for name in names}
         if self.output == "features":
             return parts[names[0]] if names else hidden_states.flatten(1)
         if not names:
@@ -243,6 +248,23 @@ class DynammoHead(WrappingLayer):
         if self.output != "scores":
             return logits
         return score_heads(logits, sum((self.sizes[name] for name in names), ()), self.scoring[names[0]])
+
+    def flips_to_average(self) -> list[Flip]:
+        """Mirror images over which the active adapters' heads average.
+
+        Raises:
+            ValueError: If the active adapters differ in them.
+        """
+        names = self._own_adapters(self.dynammo_head)
+        if not names or self.output not in ("scores", "logits"):
+            return []
+        for name in names[1:]:
+            if self.flips[name] != self.flips[names[0]]:
+                raise ValueError(
+                    f"The active adapters {names[0]!r} and {name!r} differ in flips ({self.flips[names[0]]!r} and "
+                    f"{self.flips[name]!r}); give both the same."
+                )
+        return self.flips[names[0]]
 
     @torch.no_grad()
     def concatenate_heads(self, adapters: list[str], columns: list[list[int]], merged: str) -> None:
@@ -287,6 +309,11 @@ class DynammoHead(WrappingLayer):
                 raise ValueError(
                     f"The heads of adapter {name!r} read feature_modules={self.feature_modules[name]!r} beside what "
                     "enters the classifier, which a plain classifier does not; learn with feature_modules=[]."
+                )
+            if self.flips[name]:
+                raise ValueError(
+                    f"The heads of adapter {name!r} average over flips={self.flips[name]!r}, which a plain model does "
+                    "not; learn with flips=[]."
                 )
             if self.scoring[name] != "log_odds":
                 raise ValueError(
