@@ -99,6 +99,16 @@ def test_the_loss_is_that_of_the_images():
     assert torch.equal(model(images).logits, output.logits)
 
 
+def test_what_are_no_images_is_refused_by_the_model_itself():
+    model, plain = flipping_model(), flipping_model(flips=None)
+    for wrong in ({}, {"pixel_values": None}):
+        with pytest.raises(Exception) as expected:
+            plain(**wrong)
+        with pytest.raises(type(expected.value)) as error:
+            model(**wrong)
+        assert str(error.value) == str(expected.value)
+
+
 def test_it_is_saved_copied_and_taken_off_with_the_adapter(tmp_path):
     images, model = tiny_images("vit", 2), flipping_model()
     logits = logits_of(model, images)
@@ -111,6 +121,9 @@ def test_it_is_saved_copied_and_taken_off_with_the_adapter(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     loaded = AutoPeftModel.from_pretrained(tmp_path / "saved" / "merged").eval()
     assert loaded.peft_config["default"].flips == BOTH
+    torch.testing.assert_close(logits_of(loaded, images), logits)
+    # Without PEFT's wrapper, as pipelines load it.
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "saved" / "merged").eval()
     torch.testing.assert_close(logits_of(loaded, images), logits)
 
 

@@ -41,10 +41,12 @@ class FlipHook:
         self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        flips = () if model.training else self.head.flips_to_average()
+        images = args[0] if args else kwargs.get("pixel_values")
+        # What are no images is for the model to refuse.
+        usable = isinstance(images, Tensor) and images.dim() == 4 and not model.training
+        flips = self.head.flips_to_average() if usable else []
         self.head.copies = 1 + len(flips)
         if not flips:
             return args, kwargs
-        if args:
-            return (with_flips(args[0], flips), *args[1:]), kwargs
-        return args, {**kwargs, "pixel_values": with_flips(kwargs["pixel_values"], flips)}
+        images = with_flips(images, flips)
+        return ((images, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": images})
