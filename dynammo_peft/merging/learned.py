@@ -29,7 +29,7 @@ def learn_merge_weights(
     simplex: bool = False,
     objective: Union[str, Objective] = "labels",
     forward: Optional[Forward] = None,
-    steps: int = 30,
+    steps: int = 20,
     learning_rate: float = 0.03,
     seed: int = 0,
     progress: bool = True,

@@ -51,7 +51,7 @@ class MergingArguments:
             "or 'entropy' of the predictions, without labels."
         },
     )
-    weights_steps: int = field(default=30, metadata={"help": "Steps in which merge weights are learned."})
+    weights_steps: int = field(default=20, metadata={"help": "Steps in which merge weights are learned."})
     weights_learning_rate: float = field(default=0.03, metadata={"help": "Learning rate of merge weights."})
     weights_simplex: bool = field(
         default=False, metadata={"help": "Keep learned merge weights positive and their sum at one."}
