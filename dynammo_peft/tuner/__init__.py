@@ -1,6 +1,7 @@
 from .config import DynammoConfig
 from .head_config import HeadConfig
-from .layer import DynammoHead, DynammoLayer
+from .head_layer import DynammoHead
+from .layer import DynammoLayer
 from .lora import DynammoLoraConfig, DynammoLoraModel
 from .model import DynammoModel
 from .registration import register

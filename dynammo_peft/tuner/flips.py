@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 if TYPE_CHECKING:
-    from .layer import DynammoHead
+    from .head_layer import DynammoHead
 
 
 Flip = Literal["horizontal", "vertical"]

@@ -17,9 +17,9 @@ from ..merging.registry import COMBINATIONS
 from ..merging.state import adapter_replaced
 from .architectures import ARCHITECTURES
 from .head_config import HeadConfig, check_choice
+from .head_layer import DynammoHead
 from .head_model import HeadTuner
 from .image_size import ImageSizeHook
-from .layer import DynammoHead
 from .registration import extend_peft_type
 
 

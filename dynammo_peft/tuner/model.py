@@ -14,8 +14,9 @@ from .architectures import ARCHITECTURES, Probe, check_map_sizes, choose_reducti
 from .config import DynammoConfig
 from .head_model import HeadTuner
 from .image_size import ImageSizeHook
-from .layer import CANNOT_FOLD, DynammoLayer, WrappingLayer
+from .layer import DynammoLayer
 from .names import base_modules
+from .wrapping import CANNOT_FOLD, WrappingLayer
 
 
 class DynammoModel(HeadTuner):
