@@ -488,7 +488,7 @@ def test_without_recalibration_statistics_are_averaged(scenario):
 def test_the_papers_preset_is_the_paper(scenario):
     method = begun(scenario, DynammoConfig(preset="paper"))
     assert (method.heads, method.views, method.statistics) == ("exemplars", 1, None)
-    assert (method.merging.combination_type, method.merging.learns, method.arguments.recalibrate) == (
+    assert (method.merging.combination_type, method.arguments.learns, method.arguments.recalibrate) == (
         "linear",
         False,
         False,

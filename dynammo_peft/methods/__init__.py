@@ -1,7 +1,8 @@
 from .acl import ACL
 from .adapters import AdapterMethodArguments
 from .base import Method, MethodArguments, Optimization, Stage
-from .dynammo import Dynammo, DynammoArguments
+from .dynammo import Dynammo
+from .dynammo_arguments import DynammoArguments
 from .joint import Joint
 
 

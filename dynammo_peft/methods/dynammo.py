@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
@@ -14,98 +12,19 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..data import ClassIncrementalScenario, ClassStatistics, LabelledImages, Task, choose_ridge, fit_affine_map
-from ..merging.registry import is_between
 from ..tuner import HeadConfig
-from ..tuner.head_config import Preset, check_choice
 from ..tuner.heads import set_class_logits
 from ..tuner.modes import adapter_instead
-from .adapters import AdapterMethodArguments, TwoStageMethod, heads_step
+from .adapters import TwoStageMethod, heads_step
 from .analytic import ANALYTIC_HEADS
 from .base import Stage
+from .dynammo_arguments import DynammoArguments, Heads
 from .fallback import Fallback
-from .merging import Merging, MergingArguments
+from .merging import Merging
 from .offload import AdapterFolder
 
 
 MERGED = "merged"
-
-Heads = Literal["lda", "ridge", "gaussians", "exemplars"]
-
-# What the configuration's preset fills in where the user has said nothing.
-PRESETS: dict[Preset, dict[str, Any]] = {
-    "default": {"heads": "lda", "feature_views": 2, "exemplars_as_others": False, "fall_back": True},
-    "paper": {"heads": "exemplars", "feature_views": 1, "exemplars_as_others": True, "fall_back": False},
-}
-
-# The least value of options.
-LEAST = {
-    "feature_distillation": 0,
-    "feature_views": 1,
-    "drift_ridge": 0,
-    "samples_per_class": 1,
-    "weights_steps": 0,
-    "covariance_rank": 1,
-}
-WHOLE = ("feature_views", "samples_per_class", "weights_steps", "covariance_rank")
-
-
-@dataclass
-class DynammoArguments(MergingArguments, AdapterMethodArguments):
-    """Options of `Dynammo`: those of the training, of the merge, and of the heads."""
-
-    heads: Optional[Heads] = field(
-        default=None,
-        metadata={
-            "help": "From class statistics in closed form ('lda', the default, or 'ridge'), trained on samples of "
-            "them ('gaussians'), or trained on exemplars alone ('exemplars', the paper's)."
-        },
-    )
-    first_session: bool = field(
-        default=False, metadata={"help": "Train an adapter on the first task only; later tasks fit heads alone."}
-    )
-    fall_back: Optional[bool] = field(
-        default=None,
-        metadata={
-            "help": "Put the first task's adapter in the place of the merged one after each task, unless the merged "
-            "one is expected to classify better; needs heads in closed form. The default, but for a merge that is "
-            "asked for."
-        },
-    )
-    exemplars_as_others: Optional[bool] = field(
-        default=None,
-        metadata={
-            "help": "Train each adapter to tell its classes from the exemplars of older ones, as the paper does; "
-            "otherwise exemplars are never trained on, and only show where old classes have moved."
-        },
-    )
-    feature_distillation: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of the mean squared change of the merged model's features while an adapter is trained; it "
-            "takes a forward pass more a step."
-        },
-    )
-    feature_views: Optional[int] = field(
-        default=None, metadata={"help": "Views of each image for statistics and heads; all but one augmented."}
-    )
-    shrinkage: float = field(
-        default=0.1, metadata={"help": "Share by which 'lda' and 'ridge' shrink the covariance to its diagonal."}
-    )
-    drift_ridge: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "How strongly the map that moves statistics is held to the identity; if unset, as strongly as "
-            "predicts classes left out best."
-        },
-    )
-    covariance_rank: Optional[int] = field(
-        default=None,
-        metadata={
-            "help": "Directions kept of each covariance, for wide features; exact if unset. What fall_back keeps is a "
-            "map of all features to all features in any case."
-        },
-    )
-    samples_per_class: int = field(default=200, metadata={"help": "Features drawn of each class for 'gaussians'."})
 
 
 class Dynammo(TwoStageMethod):
@@ -141,68 +60,19 @@ class Dynammo(TwoStageMethod):
         config: Optional[HeadConfig] = None,
     ) -> None:
         super().__init__(model, arguments, config)
-        preset = PRESETS[self.config.preset]
-        given = self.arguments
-        self.heads: Heads = given.heads if given.heads is not None else preset["heads"]
-        if given.exemplars_as_others is not None:
-            self.exemplars_as_others = given.exemplars_as_others
-        else:
-            self.exemplars_as_others = preset["exemplars_as_others"]
-        self.views: int = given.feature_views if given.feature_views is not None else preset["feature_views"]
-        check_choice("heads", self.heads, Heads)
-        self._check_numbers()
-        if self.heads == "exemplars" and (given.memory_size == 0 or given.first_session):
-            option = "first_session" if given.first_session else "memory_size=0"
-            raise ValueError(f"heads='exemplars' cannot do with {option}; choose heads='lda'.")
-        if self.heads in ANALYTIC_HEADS and self.config.scoring != "log_odds":
-            raise ValueError(f"heads={self.heads!r} needs scoring='log_odds', got {self.config.scoring!r}.")
         self.merging = Merging(self)
-        if self.merging.learns and given.weights_objective == "statistics" and self.heads == "exemplars":
-            raise ValueError("weights_objective='statistics' needs class statistics, which heads='exemplars' has not.")
-        if self.merging.learns and given.weights_objective != "entropy" and given.memory_size == 0:
-            raise ValueError(
-                "Without exemplars merge weights would be learned on the newest classes alone; set memory_size, or "
-                "weights_objective='entropy'."
-            )
-        if given.first_session and (self.merging.learns or given.merge is not None or given.feature_distillation):
-            raise ValueError(
-                "first_session trains one adapter only, so merge, learned_weights and feature_distillation would do "
-                "nothing; leave them out."
-            )
-        if given.offload_adapters is not None:
-            self.folder = AdapterFolder(given.offload_adapters)
-        self.fallback: Optional[Fallback] = Fallback(self, MERGED) if self._falls_back() else None
+        options = self.arguments.filled_in(self.config)
+        self.heads: Heads = options.heads
+        self.views: int = options.feature_views
+        self.exemplars_as_others = options.exemplars_as_others
+        if options.offload_adapters is not None:
+            self.folder = AdapterFolder(options.offload_adapters)
+        self.fallback: Optional[Fallback] = Fallback(self, MERGED) if options.fall_back else None
         self.statistics: Optional[ClassStatistics] = None
         if self.heads != "exemplars":
             self.statistics = ClassStatistics(
-                "class" if self.heads == "gaussians" else "shared", given.covariance_rank
+                "class" if self.heads == "gaussians" else "shared", options.covariance_rank
             )
-
-    def _falls_back(self) -> bool:
-        """Whether the first task's adapter may take the merged one's place."""
-        given = self.arguments
-        if given.fall_back and (given.first_session or self.merging.learns or self.heads not in ANALYTIC_HEADS):
-            option = "first_session" if given.first_session else f"heads={self.heads!r}"
-            option = f"learned_weights={given.learned_weights!r}" if self.merging.learns else option
-            raise ValueError(f"fall_back does not go with {option}; leave one of them out.")
-        if given.fall_back is not None:
-            return given.fall_back
-        asked = given.first_session or self.merging.learns or given.merge is not None
-        return PRESETS[self.config.preset]["fall_back"] and self.heads in ANALYTIC_HEADS and not asked
-
-    def _check_numbers(self) -> None:
-        """Refuses at once what would otherwise show after the first task only."""
-        given = {**vars(self.arguments), "feature_views": self.views}
-        for name, least in LEAST.items():
-            value = given[name]
-            if value is None:
-                continue
-            if not is_between(value, least, sys.float_info.max):
-                raise ValueError(f"{name}={value!r} must be at least {least}, and finite.")
-            if name in WHOLE and not isinstance(value, int):
-                raise ValueError(f"{name}={value!r} must be an integer.")
-        if not is_between(given["shrinkage"], 0, 1):
-            raise ValueError(f"shrinkage={given['shrinkage']!r} must be at least 0 and at most 1.")
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         super().begin(scenario, accelerator)
@@ -254,7 +124,7 @@ class Dynammo(TwoStageMethod):
         elif self.fallback is not None:
             # The merge of one adapter is that adapter.
             self.fallback.take_in(features, shown.labels)
-        if self.merging.learns and task.index > 0:
+        if self.arguments.learns and task.index > 0:
             features = self._learn_weights(task, heads, shown, features)
         features, of_exemplars = features.split([len(task.train), len(shown) - len(task.train)], dim=1)
         self.memory.update(task.train, features[0], of_exemplars[0])

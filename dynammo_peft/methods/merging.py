@@ -68,6 +68,11 @@ class MergingArguments:
         default=False, metadata={"help": "Measure the merged adapter's BatchNorm statistics instead of averaging."}
     )
 
+    @property
+    def learns(self) -> bool:
+        """Whether merge weights are learned."""
+        return self.learned_weights != "none"
+
 
 class Merging:
     """
@@ -109,7 +114,7 @@ class Merging:
         check_choice("weights_objective", self.arguments.weights_objective, Objective)
         if not isinstance(rate, (int, float)) or not math.isfinite(rate) or rate <= 0:
             raise ValueError(f"weights_learning_rate={rate!r} must be a finite number, greater than 0.")
-        if self.learns and self.combination_type != "linear":
+        if self.arguments.learns and self.combination_type != "linear":
             raise ValueError(
                 f"learned_weights are those of merge='linear', got merge={self.combination_type!r}"
                 + (", the only exact one for this adapter." if self.arguments.merge is None else ".")
@@ -117,7 +122,7 @@ class Merging:
 
     def _check_offload(self) -> None:
         """Refuses what needs all adapters in the model."""
-        if self.learns:
+        if self.arguments.learns:
             raise ValueError(
                 f"learned_weights={self.arguments.learned_weights!r} needs all adapters at once, which "
                 "offload_adapters leaves on the disk; leave one of them out."
@@ -127,11 +132,6 @@ class Merging:
         except ValueError as error:
             given = "unset" if self.arguments.merge is None else repr(self.arguments.merge)
             raise ValueError(f"offload_adapters does not go with merge={given}: {error}") from error
-
-    @property
-    def learns(self) -> bool:
-        """Whether merge weights are learned."""
-        return self.arguments.learned_weights != "none"
 
     def state(self) -> dict[str, Tensor]:
         """What was measured of each adapter, by name."""

@@ -1,0 +1,159 @@
+"""Options of `Dynammo`, and which of them go together."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Optional
+
+from ..merging.registry import is_between
+from ..tuner import HeadConfig
+from ..tuner.head_config import Preset, check_choice
+from .adapters import AdapterMethodArguments
+from .analytic import ANALYTIC_HEADS
+from .merging import MergingArguments
+
+
+Heads = Literal["lda", "ridge", "gaussians", "exemplars"]
+
+# What the configuration's preset fills in where the user has said nothing.
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "default": {"heads": "lda", "feature_views": 2, "exemplars_as_others": False, "fall_back": True},
+    "paper": {"heads": "exemplars", "feature_views": 1, "exemplars_as_others": True, "fall_back": False},
+}
+
+# The least value of options.
+LEAST = {
+    "feature_distillation": 0,
+    "feature_views": 1,
+    "drift_ridge": 0,
+    "samples_per_class": 1,
+    "weights_steps": 0,
+    "covariance_rank": 1,
+}
+WHOLE = ("feature_views", "samples_per_class", "weights_steps", "covariance_rank")
+
+
+@dataclass
+class DynammoArguments(MergingArguments, AdapterMethodArguments):
+    """Options of `Dynammo`: those of the training, of the merge, and of the heads."""
+
+    heads: Optional[Heads] = field(
+        default=None,
+        metadata={
+            "help": "From class statistics in closed form ('lda', the default, or 'ridge'), trained on samples of "
+            "them ('gaussians'), or trained on exemplars alone ('exemplars', the paper's)."
+        },
+    )
+    first_session: bool = field(
+        default=False, metadata={"help": "Train an adapter on the first task only; later tasks fit heads alone."}
+    )
+    fall_back: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "Put the first task's adapter in the place of the merged one after each task, unless the merged "
+            "one is expected to classify better; needs heads in closed form. The default, but for a merge that is "
+            "asked for."
+        },
+    )
+    exemplars_as_others: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "Train each adapter to tell its classes from the exemplars of older ones, as the paper does; "
+            "otherwise exemplars are never trained on, and only show where old classes have moved."
+        },
+    )
+    feature_distillation: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the mean squared change of the merged model's features while an adapter is trained; it "
+            "takes a forward pass more a step."
+        },
+    )
+    feature_views: Optional[int] = field(
+        default=None, metadata={"help": "Views of each image for statistics and heads; all but one augmented."}
+    )
+    shrinkage: float = field(
+        default=0.1, metadata={"help": "Share by which 'lda' and 'ridge' shrink the covariance to its diagonal."}
+    )
+    drift_ridge: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "How strongly the map that moves statistics is held to the identity; if unset, as strongly as "
+            "predicts classes left out best."
+        },
+    )
+    covariance_rank: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Directions kept of each covariance, for wide features; exact if unset. What fall_back keeps is a "
+            "map of all features to all features in any case."
+        },
+    )
+    samples_per_class: int = field(default=200, metadata={"help": "Features drawn of each class for 'gaussians'."})
+
+    def filled_in(self, config: HeadConfig) -> DynammoArguments:
+        """A copy with what the preset of `config` says where the user has said nothing.
+
+        Args:
+            config (`HeadConfig`): The adapters' configuration.
+
+        Raises:
+            ValueError: If options have bad values or do not go together.
+        """
+        preset = PRESETS[config.preset]
+        filled = replace(self, **{key: value for key, value in preset.items() if getattr(self, key) is None})
+        check_choice("heads", filled.heads, Heads)
+        filled._check_numbers()
+        filled._check_heads(config)
+        filled._check_training()
+        obstacle = filled._against_fall_back()
+        if self.fall_back and obstacle is not None:
+            raise ValueError(f"fall_back does not go with {obstacle}; leave one of them out.")
+        if self.fall_back is None:
+            # A merge that was asked for is kept.
+            filled.fall_back = filled.fall_back and obstacle is None and self.merge is None
+        return filled
+
+    def _check_numbers(self) -> None:
+        """Refuses at once what would otherwise show after the first task only."""
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not is_between(value, least, sys.float_info.max):
+                raise ValueError(f"{name}={value!r} must be at least {least}, and finite.")
+            if name in WHOLE and not isinstance(value, int):
+                raise ValueError(f"{name}={value!r} must be an integer.")
+        if not is_between(self.shrinkage, 0, 1):
+            raise ValueError(f"shrinkage={self.shrinkage!r} must be at least 0 and at most 1.")
+
+    def _check_heads(self, config: HeadConfig) -> None:
+        if self.heads == "exemplars" and (self.memory_size == 0 or self.first_session):
+            option = "first_session" if self.first_session else "memory_size=0"
+            raise ValueError(f"heads='exemplars' cannot do with {option}; choose heads='lda'.")
+        if self.heads in ANALYTIC_HEADS and config.scoring != "log_odds":
+            raise ValueError(f"heads={self.heads!r} needs scoring='log_odds', got {config.scoring!r}.")
+
+    def _check_training(self) -> None:
+        """Refuses learned merge weights that nothing tells, and options of a training that does not take place."""
+        if self.learns and self.weights_objective == "statistics" and self.heads == "exemplars":
+            raise ValueError("weights_objective='statistics' needs class statistics, which heads='exemplars' has not.")
+        if self.learns and self.weights_objective != "entropy" and self.memory_size == 0:
+            raise ValueError(
+                "Without exemplars merge weights would be learned on the newest classes alone; set memory_size, or "
+                "weights_objective='entropy'."
+            )
+        if self.first_session and (self.learns or self.merge is not None or self.feature_distillation):
+            raise ValueError(
+                "first_session trains one adapter only, so merge, learned_weights and feature_distillation would do "
+                "nothing; leave them out."
+            )
+
+    def _against_fall_back(self) -> Optional[str]:
+        """The option beside which no other adapter can take the merged one's place, if any."""
+        if self.learns:
+            return f"learned_weights={self.learned_weights!r}"
+        if self.first_session:
+            return "first_session"
+        return f"heads={self.heads!r}" if self.heads not in ANALYTIC_HEADS else None
