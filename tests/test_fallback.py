@@ -11,10 +11,11 @@ from test_dynammo import arguments, begun, fit, learn_nothing, scenario, strong 
 from tiny import tiny_model
 
 from dynammo_peft import Dynammo, DynammoConfig, DynammoLoraConfig
-from dynammo_peft.data import AffineMap, ClassStatistics, LabelledImages, Task
+from dynammo_peft.data import ClassStatistics
 from dynammo_peft.hub import load_method
 from dynammo_peft.methods import fallback
 from dynammo_peft.methods.analytic import linear_discriminant
+from dynammo_peft.methods.anchor import Anchor
 from dynammo_peft.methods.held_out import held_out_hits
 
 
@@ -111,18 +112,16 @@ def judged(monkeypatch, tasks, labels):
     """What has judged by tasks of images with these labels: under the first adapter, as newest, as oldest classes."""
     method = Dynammo(tiny_model("vit"), arguments())
     method.adapters = []
-    judge = fallback.Fallback(method, "merged")
-    judge.path = torch.zeros(2, 1)
-    monkeypatch.setattr(judge, "_features", lambda images: torch.zeros(1, len(images), 1))
-    images = LabelledImages(torch.zeros(len(labels), 3, 1, 1).byte(), labels, torch.arange(len(labels)))
+    judge = fallback.Fallback(Anchor(method, "merged"))
+    judge.anchor.path = torch.zeros(2, 1)
+    features = torch.zeros(1, len(labels), 1)
     for index, hits in enumerate(tasks):
         method.adapters.append(f"task_{index:03d}")
         if index > 0:
-            judge.statistics = known([0.0])
+            judge.anchor.statistics = known([0.0])
             coming = iter(hits)
             monkeypatch.setattr(fallback, "held_out_hits", lambda *_, coming=coming, **__: next(coming))
-            task = Task(index, [], [], 1, images, images)
-            judge.weigh(task, known([0.0]), torch.zeros(1, len(labels), 1))
+            judge.weigh(known([0.0]), features, features, labels)
     return judge
 
 
@@ -180,8 +179,8 @@ def test_it_judges_features_that_no_adapter_was_trained_on(scenario, monkeypatch
     monkeypatch.setattr(fallback, "held_out_hits", watched)
     images = scenario[2].train
     before, first = method.features(images, "merged"), method.features(images, "task_000")
-    merged, alone = method.statistics.copy(), method.fallback.statistics.copy()
-    path = method.fallback.path
+    merged, alone = method.statistics.copy(), method.anchor.statistics.copy()
+    path = method.anchor.path
     learn_nothing(method, scenario[2])
     # Where the map of the one merge so far takes them, not where they are.
     moved = first @ path[:-1] + path[-1]
@@ -189,19 +188,6 @@ def test_it_judges_features_that_no_adapter_was_trained_on(scenario, monkeypatch
     for found, expected in zip(seen, [(alone, first, None), (merged, before, None), (merged, before, moved)]):
         torch.testing.assert_close(found[0].mean_matrix(), expected[0].mean_matrix())
         torch.testing.assert_close(found[1:], expected[1:])
-
-
-def test_the_path_goes_through_all_merges():
-    maps = [
-        AffineMap(torch.randn(3, 3).double(), torch.randn(3).double(), torch.zeros(3, 3).double()) for _ in range(3)
-    ]
-    judged = fallback.Fallback(Dynammo(tiny_model("vit"), arguments()), "merged")
-    features = torch.randn(2, 5, 3)
-    expected = features
-    for step in maps:
-        judged.follow(step)
-        expected = step(expected)
-        torch.testing.assert_close(judged._moved(features), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_classes_that_come_back_are_no_evidence(scenario, monkeypatch):  # noqa: F811
@@ -216,12 +202,12 @@ def test_classes_that_come_back_are_no_evidence(scenario, monkeypatch):  # noqa:
     )
     before = method.fallback.evidence.clone()
     task = scenario[1]
-    features = torch.zeros(method.views, len(task.train), method.fallback.path.shape[1])
-    method.fallback.weigh(task, method.statistics, features)
+    features = torch.zeros(method.views, len(task.train), method.anchor.path.shape[1])
+    method.fallback.weigh(method.statistics, features, features, task.train.labels)
     assert asked == [] and torch.equal(method.fallback.evidence, before)
     # Beside classes that are new.
-    method.fallback.statistics.counts.pop(2)
-    method.fallback.weigh(task, method.statistics, features)
+    method.anchor.statistics.counts.pop(2)
+    method.fallback.weigh(method.statistics, features, features, task.train.labels)
     assert [labels.tolist() for labels in asked] == [[2]] * 3
 
 
@@ -286,7 +272,7 @@ def test_it_goes_on_from_a_published_model(monkeypatch, tmp_path):
     again = load_method(test_going_on.published(method, tmp_path))
     assert again.fell_back
     assert again.fallback.advantage == method.fallback.advantage
-    torch.testing.assert_close(again.fallback.path, method.fallback.path)
+    torch.testing.assert_close(again.anchor.path, method.anchor.path)
     test_going_on.fit(again, test_going_on.scenario(1, learned=2, exemplar_rows=again.exemplar_rows))
     test_going_on.assert_equal_models(again.model, uninterrupted.model)
 

@@ -1,5 +1,5 @@
 from .catalog import load_image_dataset
-from .drift import AffineMap, choose_ridge, fit_affine_map
+from .drift import AffineMap, choose_ridge, fit_affine_map, fit_correction
 from .images import ImageBatch, LabelledImages, collate_batch, data_loader
 from .memory import ExemplarMemory
 from .scenario import ClassIncrementalScenario, Task
@@ -21,6 +21,7 @@ __all__ = [
     "decode_images",
     "choose_ridge",
     "fit_affine_map",
+    "fit_correction",
     "load_image_dataset",
     "resized_image_processor",
 ]

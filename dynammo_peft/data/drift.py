@@ -103,6 +103,33 @@ def choose_ridge(
     return candidates[int(errors.argmin())]
 
 
+def fit_correction(features: Tensor, errors: Tensor, labels: Tensor, ridge: float = 10.0) -> Tensor:
+    """The affine map that says of features by how much something else about their images was expected wrongly.
+
+    Ridge regression towards no error. Of the mean error a share of `n / (n + 2)` is taken to be common to all classes,
+    and the rest to the `n` classes at hand alone.
+
+    Args:
+        features (`Tensor`): `(N, C)`.
+        errors (`Tensor`): What was found less what was expected of the same images, `(N, C)`.
+        labels (`Tensor`): Class of each image, `(N,)`.
+        ridge (`float`): Strength of the pull to no error, in units of each feature's variance.
+
+    Returns:
+        `Tensor`: `(C + 1, C)`, `float64`, in the last row what is added.
+
+    Raises:
+        ValueError: If features and errors are not of the same images, or there are none.
+    """
+    _check_pairs(features, errors)
+    features, errors = features.double().cpu(), errors.double().cpu()
+    fit = _Regression(features, features + errors, _variances(features))
+    weight = fit.to_features(torch.linalg.solve(fit.system(ridge), fit.change))
+    classes = len(labels.unique())
+    common = classes / (classes + 2) * errors.mean(dim=0)
+    return torch.cat([weight, (common - fit.mean_before @ weight)[None]])
+
+
 class _Regression:
     """The normal equations of the change from `before` to `after`, both `(N, C)`; `variances` scale the ridge.
 

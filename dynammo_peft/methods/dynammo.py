@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,7 @@ from ..tuner.heads import set_class_logits
 from ..tuner.modes import adapter_instead
 from .adapters import TwoStageMethod, heads_step
 from .analytic import ANALYTIC_HEADS
+from .anchor import Anchor
 from .base import Stage
 from .dynammo_arguments import DynammoArguments, Heads
 from .fallback import Fallback
@@ -67,12 +68,14 @@ class Dynammo(TwoStageMethod):
         self.exemplars_as_others = options.exemplars_as_others
         if options.offload_adapters is not None:
             self.folder = AdapterFolder(options.offload_adapters)
-        self.fallback: Optional[Fallback] = Fallback(self, MERGED) if options.fall_back else None
         self.statistics: Optional[ClassStatistics] = None
         if self.heads != "exemplars":
             self.statistics = ClassStatistics(
                 "class" if self.heads == "gaussians" else "shared", options.covariance_rank
             )
+        anchored = options.fall_back or (options.memory_size == 0 and not options.first_session)
+        self.anchor: Optional[Anchor] = Anchor(self, MERGED) if anchored else None
+        self.fallback: Optional[Fallback] = Fallback(self.anchor) if options.fall_back else None
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         super().begin(scenario, accelerator)
@@ -85,9 +88,8 @@ class Dynammo(TwoStageMethod):
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = super().state()
         if self.statistics is not None and len(self.statistics):
-            tensors |= {f"statistics.{name}": tensor for name, tensor in self.statistics.state().items()}
-        if self.fallback is not None and len(self.statistics):
-            tensors |= {f"fallback.{name}": tensor for name, tensor in self.fallback.state().items()}
+            for prefix, part in self._parts().items():
+                tensors |= {f"{prefix}.{name}": tensor for name, tensor in part.state().items()}
         return values, tensors | self.merging.state()
 
     def restore(
@@ -98,14 +100,15 @@ class Dynammo(TwoStageMethod):
     ) -> None:
         super().restore(values, tensors, scenario)
         if self.statistics is not None and self.adapters:
-            own = {name.removeprefix("statistics."): tensor for name, tensor in tensors.items()}
-            self.statistics.restore(own)
-        if self.fallback is not None and self.adapters:
-            prefix = "fallback."
-            self.fallback.restore(
-                {name.removeprefix(prefix): own for name, own in tensors.items() if name.startswith(prefix)}
-            )
+            for prefix, part in self._parts().items():
+                own = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+                part.restore({name.removeprefix(f"{prefix}."): tensor for name, tensor in own.items()})
         self.merging.restore(self.adapters, tensors)
+
+    def _parts(self) -> dict[str, Union[ClassStatistics, Anchor, Fallback]]:
+        """What is known of classes, by the prefix of its tensors in the state."""
+        parts = {"statistics": self.statistics, "anchor": self.anchor, "fallback": self.fallback}
+        return {prefix: part for prefix, part in parts.items() if part is not None}
 
     def learn(self, task: Task) -> Iterator[Stage]:
         if self.fallback is not None:
@@ -118,12 +121,12 @@ class Dynammo(TwoStageMethod):
         heads = self._merge(task, shown)
         features = self.features(shown, MERGED, self.views)
         if moves:
-            if self.fallback is not None:
-                self.fallback.weigh(task, self.statistics, before[:, : len(task.train)])
+            if self.anchor is not None:
+                self._compare_with_first(task, before[:, : len(task.train)])
             self._move_statistics(before, features, shown.labels)
-        elif self.fallback is not None:
+        elif self.anchor is not None:
             # The merge of one adapter is that adapter.
-            self.fallback.take_in(features, shown.labels)
+            self.anchor.take_in(features, shown.labels)
         if self.arguments.learns and task.index > 0:
             features = self._learn_weights(task, heads, shown, features)
         features, of_exemplars = features.split([len(task.train), len(shown) - len(task.train)], dim=1)
@@ -188,14 +191,27 @@ class Dynammo(TwoStageMethod):
                 heads.get_parameter(name)[: len(value)] = value
         return heads
 
+    def _compare_with_first(self, task: Task, before: Tensor) -> None:
+        """What a task's images, `before` under the adapter merged without it, tell beside the first adapter.
+
+        Without exemplars they correct what is thought of old classes. Exemplars show it better.
+        """
+        labels = task.train.labels
+        first = self.anchor.features(task.train)
+        if self.fallback is not None:
+            self.fallback.weigh(self.statistics, first, before, labels)
+        if self.arguments.memory_size == 0:
+            self.anchor.correct(self.statistics, first, before, labels)
+        self.anchor.take_in(first, labels)
+
     def _move_statistics(self, before: Tensor, after: Tensor, labels: Tensor) -> None:
         """Moves the class statistics along with the features of the images at hand, `(V, N, C)`."""
         before, after, labels = before.flatten(0, 1), after.flatten(0, 1), labels.repeat(self.views)
         ridge = self.arguments.drift_ridge
         step = fit_affine_map(before, after, choose_ridge(before, after, labels) if ridge is None else ridge)
         self.statistics.move(step)
-        if self.fallback is not None:
-            self.fallback.follow(step)
+        if self.anchor is not None:
+            self.anchor.follow(step)
 
     def _fit_heads(self, task: Task, heads: nn.Linear, features: Tensor) -> Iterator[Stage]:
         """Heads for all classes seen.

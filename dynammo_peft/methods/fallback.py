@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor
 
-from ..data import AffineMap, ClassStatistics, LabelledImages, Task
-from ..merging import AdapterTensors, adapter_tensors, set_adapter_tensors
+from ..data import ClassStatistics
+from ..merging import AdapterTensors, set_adapter_tensors
+from .anchor import Anchor
 from .held_out import held_out_hits
-
-
-if TYPE_CHECKING:
-    from .dynammo import Dynammo
 
 
 class Fallback:
     """
-    What is known of all classes under the first task's adapter, and whether that is better than the merged one.
+    Whether the first task's adapter is better than the merged one, and its taking that one's place.
 
     The first adapter never changes, so statistics of its features stay exact. Those of the merged adapter's features
     are moved at each merge, and old classes may suffer from that unseen. New classes tell, before an adapter is
@@ -40,22 +36,16 @@ class Fallback:
     something to judge by. What it is worth is known, since nothing is moved; a merge can lose classes altogether.
 
     Args:
-        method (`Dynammo`): The method.
-        merged (`str`): Name of the merged adapter.
+        anchor (`Anchor`): What is known under the first adapter.
 
     Attributes:
-        statistics (`ClassStatistics`): Of all classes under the first adapter.
-        path (`Optional[Tensor]`): The map from features under the first adapter to those under the merged one, in its
-            last row what is added, `(C + 1, C)`; `None` as long as one adapter is merged.
         evidence (`Tensor`): The line's numerator and denominator, sums over new classes, and the numerator's variance.
         merge (`AdapterTensors`): What was merged, while the first adapter is in its place.
     """
 
-    def __init__(self, method: Dynammo, merged: str) -> None:
-        self.method = method
-        self.merged = merged
-        self.statistics = ClassStatistics("shared", method.arguments.covariance_rank)
-        self.path: Optional[Tensor] = None
+    def __init__(self, anchor: Anchor) -> None:
+        self.anchor = anchor
+        self.method = anchor.method
         self.evidence = torch.zeros(3, dtype=torch.float64)
         self.merge: AdapterTensors = {}
 
@@ -74,10 +64,7 @@ class Fallback:
 
     def state(self) -> dict[str, Tensor]:
         """All there is to know after a task, as tensors: what `restore` takes."""
-        parts = {"statistics": self.statistics.state(), "merge": self.merge}
-        tensors = {f"{part}.{name}": tensor for part, own in parts.items() for name, tensor in own.items()}
-        path = {} if self.path is None else {"path": self.path}
-        return {**tensors, **path, "evidence": self.evidence.clone()}
+        return {**{f"merge.{name}": tensor for name, tensor in self.merge.items()}, "evidence": self.evidence.clone()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over what `state` gave.
@@ -86,88 +73,48 @@ class Fallback:
             ValueError: If there is nothing of it.
         """
         if "evidence" not in tensors:
-            raise ValueError(
-                "fall_back needs what is known under the first adapter, and this was learned without; set "
-                "fall_back=False."
-            )
-        parts = {
-            part: {name.removeprefix(part): own for name, own in tensors.items() if name.startswith(part)}
-            for part in ("statistics.", "merge.")
-        }
-        self.statistics.restore(parts["statistics."])
-        self.merge = parts["merge."]
-        self.path, self.evidence = tensors.get("path"), tensors["evidence"].double()
+            raise ValueError("fall_back has nothing to judge by: this was learned without; set fall_back=False.")
+        prefix = "merge."
+        self.merge = {name.removeprefix(prefix): own for name, own in tensors.items() if name.startswith(prefix)}
+        self.evidence = tensors["evidence"].double()
 
-    def weigh(self, task: Task, merged: ClassStatistics, before: Tensor) -> None:
-        """Judges by one more task, and takes its classes in.
+    def weigh(self, merged: ClassStatistics, first: Tensor, before: Tensor, labels: Tensor) -> None:
+        """Judges by one more task, not the first.
 
         Args:
-            task (`Task`): The task, not the first.
             merged (`ClassStatistics`): Of all older classes under the adapter merged before this task.
-            before (`Tensor`): Features of the task's training images under that adapter, `(V, N, C)`.
+            first (`Tensor`): Features of the task's training images under the first adapter, `(V, N, C)`.
+            before (`Tensor`): Their features under the merged adapter, `(V, N, C)`.
+            labels (`Tensor`): Class of each image, `(N,)`.
         """
-        first, labels = self._features(task.train), task.train.labels
+        alone = self.anchor.statistics
         # An adapter was trained on classes that come back.
-        new = ~torch.isin(labels, torch.tensor(self.statistics.classes))
+        new = ~torch.isin(labels, torch.tensor(alone.classes))
         count = len(self.method.adapters) - 1
-        if count > 1 and new.any():
-            own, solve = labels[new], self.method.analytic_heads
-            alone = held_out_hits(self.statistics, first[:, new], own, solve)
-            newest = held_out_hits(merged, before[:, new], own, solve)
-            oldest = held_out_hits(merged, before[:, new], own, solve, means=self._moved(first[:, new]))
-            age, growth = mean_age(count), math.log(count)
-            differences = age * oldest + (1 - age) * newest - alone
-            for label in own.unique():
-                part = differences[own == label]
-                self.evidence += growth * torch.tensor(
-                    [part.mean(), growth, growth * part.var(correction=0) / len(part)]
-                )
-        self.take_in(first, labels)
-
-    def follow(self, step: AffineMap) -> None:
-        """Goes along with a merge: features under the merged adapter, and the class statistics, moved by `step`."""
-        if self.path is None:
-            path = torch.cat([step.weight, step.bias[None]])
-        else:
-            path = self.path.double() @ step.weight
-            path[-1] += step.bias
-        self.path = path.float()
-
-    def take_in(self, features: Tensor, labels: Tensor) -> None:
-        """Updates the statistics by features under the first adapter, `(V, N, C)`, of images with labels `(N,)`."""
-        self.statistics.update(features, labels)
+        if count < 2 or not new.any():
+            return
+        own, solve = labels[new], self.method.analytic_heads
+        first, before = first[:, new], before[:, new]
+        hits = held_out_hits(alone, first, own, solve)
+        newest = held_out_hits(merged, before, own, solve)
+        oldest = held_out_hits(merged, before, own, solve, means=self.anchor.moved(first))
+        age, growth = mean_age(count), math.log(count)
+        differences = age * oldest + (1 - age) * newest - hits
+        for label in own.unique():
+            part = differences[own == label]
+            self.evidence += growth * torch.tensor([part.mean(), growth, growth * part.var(correction=0) / len(part)])
 
     def put_first(self) -> None:
         """Puts the first adapter in the place of the merged one, if it is chosen."""
         if self.chosen:
-            self._swap()
-            self.method.solve_heads(self.statistics)
+            self.merge = self.anchor.take_place()
+            self.method.solve_heads(self.anchor.statistics)
 
     def put_back(self) -> None:
         """Undoes `put_first`: an adapter to come is merged with all before it."""
         if self.merge:
-            set_adapter_tensors(self.method.model, self.merged, self.merge)
+            set_adapter_tensors(self.method.model, self.anchor.merged, self.merge)
             self.merge = {}
-
-    def _swap(self) -> None:
-        own = adapter_tensors(self.method.model, self.merged)
-        self.merge = {key: tensor.detach().cpu().clone() for key, tensor in own.items()}
-        self.method.merging.first_alone(self.method.adapters, self.merged)
-
-    def _features(self, images: LabelledImages) -> Tensor:
-        """Under the first adapter, `(V, N, C)`."""
-        method, name = self.method, self.method.adapters[0]
-        if name in method.model.peft_config:
-            return method.features(images, name, method.views)
-        # It is on the disk: it takes the merged one's place for a while.
-        self._swap()
-        features = method.features(images, self.merged, method.views)
-        self.put_back()
-        return features
-
-    def _moved(self, features: Tensor) -> Tensor:
-        """Where features under the first adapter, `(V, N, C)`, are thought to be under the merged one."""
-        return features @ self.path[:-1] + self.path[-1]
 
 
 def mean_age(count: int) -> float:

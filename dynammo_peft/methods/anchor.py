@@ -1,0 +1,131 @@
+"""What is known of all classes under the first task's adapter, and tells of their place under the merged one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Optional
+
+import torch
+from torch import Tensor
+
+from ..data import AffineMap, ClassStatistics, LabelledImages, fit_correction
+from ..merging import adapter_tensors, set_adapter_tensors
+
+
+if TYPE_CHECKING:
+    from .dynammo import Dynammo
+
+
+class Anchor:
+    """
+    Class statistics under the first task's adapter, and the map from its features to those under the merged one.
+
+    The first adapter never changes, so its statistics stay exact, while those of the merged adapter's features are
+    moved at each merge by maps that, without exemplars, were fitted to the new classes alone. A new task's images show
+    where these maps were wrong, before an adapter is trained on them: the path through all of them says where the
+    images' features should be, given those under the first adapter, and the merged adapter says where they are.
+
+    Args:
+        method (`Dynammo`): The method.
+        merged (`str`): Name of the merged adapter.
+
+    Attributes:
+        statistics (`ClassStatistics`): Of all classes under the first adapter.
+        path (`Optional[Tensor]`): The map from features under the first adapter to those under the merged one, in its
+            last row what is added, `(C + 1, C)`; `None` as long as one adapter is merged.
+        tasks (`dict[int, int]`): Number of the task, from 1, in which each class came.
+    """
+
+    def __init__(self, method: Dynammo, merged: str) -> None:
+        self.method = method
+        self.merged = merged
+        self.statistics = ClassStatistics("shared", method.arguments.covariance_rank)
+        self.path: Optional[Tensor] = None
+        self.tasks: dict[int, int] = {}
+
+    def state(self) -> dict[str, Tensor]:
+        """All there is to know after a task, as tensors: what `restore` takes."""
+        tensors = {f"statistics.{name}": tensor for name, tensor in self.statistics.state().items()}
+        tensors["tasks"] = torch.tensor([self.tasks[label] for label in self.statistics.classes])
+        return tensors if self.path is None else {**tensors, "path": self.path}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave.
+
+        Raises:
+            ValueError: If there is nothing of it.
+        """
+        if "tasks" not in tensors:
+            free = self.method.arguments.memory_size == 0
+            raise ValueError(
+                f"{'memory_size=0' if free else 'fall_back'} needs what is known under the first adapter, and this "
+                f"was learned without; set {'a memory_size and ' if free else ''}fall_back=False."
+            )
+        prefix = "statistics."
+        self.statistics.restore(
+            {name.removeprefix(prefix): own for name, own in tensors.items() if name.startswith(prefix)}
+        )
+        self.tasks = dict(zip(self.statistics.classes, tensors["tasks"].tolist()))
+        self.path = tensors.get("path")
+
+    def features(self, images: LabelledImages) -> Tensor:
+        """Features of images under the first adapter, `(V, N, C)`."""
+        method, name = self.method, self.method.adapters[0]
+        if name in method.model.peft_config:
+            return method.features(images, name, method.views)
+        # It is on the disk: it takes the merged one's place for a while.
+        merge = self.take_place()
+        features = method.features(images, self.merged, method.views)
+        set_adapter_tensors(method.model, self.merged, merge)
+        return features
+
+    def take_place(self) -> dict[str, Tensor]:
+        """Puts the first adapter in the merged one's place, and returns a copy of what was there."""
+        own = adapter_tensors(self.method.model, self.merged)
+        merge = {key: tensor.detach().cpu().clone() for key, tensor in own.items()}
+        self.method.merging.first_alone(self.method.adapters, self.merged)
+        return merge
+
+    def take_in(self, features: Tensor, labels: Tensor) -> None:
+        """Updates the statistics by features under the first adapter, `(V, N, C)`, of images with labels `(N,)`."""
+        self.statistics.update(features, labels)
+        for label in self.statistics.classes:
+            self.tasks.setdefault(label, len(self.method.adapters))
+
+    def follow(self, step: AffineMap) -> None:
+        """Goes along with a merge that moved features under the merged adapter by `step`."""
+        if self.path is None:
+            path = torch.cat([step.weight, step.bias[None]])
+        else:
+            path = self.path.double() @ step.weight
+            path[-1] += step.bias
+        self.path = path.float()
+
+    def moved(self, features: Tensor) -> Tensor:
+        """Where features under the first adapter, `(V, N, C)`, are thought to be under the merged one."""
+        return features @ self.path[:-1] + self.path[-1]
+
+    def correct(self, merged: ClassStatistics, first: Tensor, found: Tensor, labels: Tensor) -> None:
+        """Corrects the path, and the means of old classes, by images of new classes that no adapter was trained on.
+
+        A class of task `j` was not moved along the whole path but by the merges since. The `k`-th changes a mean of
+        adapters by a share of `1 / k`, so that of `n` adapters its mean takes a share of `log(n / j) / log(n)` of what
+        was wrong.
+
+        Args:
+            merged (`ClassStatistics`): Of old classes under the merged adapter; their means are corrected.
+            first (`Tensor`): Features of the images under the first adapter, `(V, N, C)`.
+            found (`Tensor`): Their features under the merged adapter, `(V, N, C)`.
+            labels (`Tensor`): Class of each image, `(N,)`.
+        """
+        count = len(self.method.adapters) - 1
+        if self.path is None or count < 2:
+            return
+        errors = (found - self.moved(first)).flatten(0, 1)
+        correction = fit_correction(first.flatten(0, 1), errors, labels.repeat(len(first)))
+        for label in merged.classes:
+            share = math.log(count / self.tasks[label]) / math.log(count)
+            wrong = self.statistics.means[label] @ correction[:-1] + correction[-1]
+            merged.means[label] = merged.means[label] + share * wrong
+        self.path = (self.path.double() + correction).float()

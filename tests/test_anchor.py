@@ -1,0 +1,146 @@
+"""What the first adapter tells of classes under the merged one, without their images."""
+
+import math
+
+import pytest
+import torch
+from test_dynammo import arguments, begun, learn_nothing, scenario, strong  # noqa: F401
+from tiny import tiny_model
+
+from dynammo_peft import Dynammo
+from dynammo_peft.data import AffineMap, ClassStatistics, fit_correction
+from dynammo_peft.methods.anchor import Anchor
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def many_classes(features=4, classes=40, each=20):
+    """Features of classes far apart, and their labels."""
+    labels = torch.arange(classes).repeat_interleave(each)
+    return 3 * drawn(classes, features, seed=1)[labels] + drawn(len(labels), features, seed=2), labels
+
+
+def test_a_planted_error_is_found():
+    features, labels = many_classes()
+    weight, bias = 0.3 * drawn(4, 4, seed=3), drawn(4, seed=4)
+    correction = fit_correction(features, features @ weight + bias, labels, ridge=0.5)
+    centred = features - features.mean(dim=0)
+    pull = 0.5 * len(features) * torch.diag(features.var(dim=0, correction=0))
+    expected = torch.linalg.solve(centred.T @ centred + pull, centred.T @ centred @ weight)
+    torch.testing.assert_close(correction[:-1], expected)
+    # In their middle all classes are wrong by what they have in common.
+    found = features.mean(dim=0) @ correction[:-1] + correction[-1]
+    torch.testing.assert_close(found, 40 / 42 * (features.mean(dim=0) @ weight + bias))
+
+
+def test_with_less_pull_all_is_corrected():
+    features, labels = many_classes()
+    weight = 0.3 * drawn(4, 4, seed=3)
+    torch.testing.assert_close(fit_correction(features, features @ weight, labels, ridge=0.0)[:-1], weight)
+    assert fit_correction(features, features @ weight, labels, ridge=1e9)[:-1].abs().max() < 1e-6
+
+
+def test_fewer_classes_say_less_of_all():
+    features, _ = many_classes()
+    errors = torch.tensor([1.0, -2.0, 0.0, 3.0]).double().expand(len(features), 4)
+    for classes in (1, 2, 8):
+        correction = fit_correction(features, errors, torch.arange(len(features)) % classes)
+        torch.testing.assert_close(correction[-1], classes / (classes + 2) * errors[0])
+        assert correction[:-1].abs().max() < 1e-12
+    with pytest.raises(ValueError, match="of the same images"):
+        fit_correction(features, features[:5], torch.zeros(len(features)))
+
+
+def anchored(count):
+    """An anchor, and a method that has merged `count` adapters."""
+    method = Dynammo(tiny_model("vit"), arguments(memory_size=0))
+    method.adapters = [f"task_{index:03d}" for index in range(count)]
+    return method, Anchor(method, "merged")
+
+
+def test_the_path_goes_through_all_merges():
+    maps = [
+        AffineMap(torch.randn(3, 3).double(), torch.randn(3).double(), torch.zeros(3, 3).double()) for _ in range(3)
+    ]
+    _, anchor = anchored(1)
+    features = torch.randn(2, 5, 3)
+    expected = features
+    for step in maps:
+        anchor.follow(step)
+        expected = step(expected)
+        torch.testing.assert_close(anchor.moved(features), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_old_classes_take_their_share_of_what_was_wrong():
+    method, anchor = anchored(1)
+    merged, true, old = ClassStatistics(), {}, 5 * drawn(4, 3, seed=6)
+    # Under the merged adapter all is twice as far out, and shifted; the path knows nothing of it.
+    for label in range(4):
+        method.adapters = [""] * (label + 1)
+        anchor.take_in(old[label].repeat(1, 5, 1).float(), torch.full((5,), label))
+        merged.update(old[label].repeat(5, 1), torch.full((5,), label))
+        true[label] = 2 * old[label] + 1
+    anchor.path = torch.cat([torch.eye(3), torch.zeros(1, 3)])
+    method.adapters = [""] * 5
+    first, labels = many_classes(features=3, classes=60)
+    first = torch.stack([first, first + 0.1])
+    correction = fit_correction(first.flatten(0, 1), (first + 1).flatten(0, 1), labels.repeat(2))
+    before = {label: mean.clone() for label, mean in merged.means.items()}
+    anchor.correct(merged, first.float(), (2 * first + 1).float(), labels + 4)
+    for label, mean in merged.means.items():
+        whole = old[label] @ correction[:-1] + correction[-1]
+        share = math.log(4 / (label + 1)) / math.log(4)
+        torch.testing.assert_close(mean, before[label] + share * whole, atol=1e-3, rtol=1e-3)
+    # The first task's class went all the way, the newest was measured after the last merge.
+    assert (merged.means[0] - true[0]).norm() < (before[0] - true[0]).norm()
+    assert torch.equal(merged.means[3], before[3])
+    expected = torch.cat([torch.eye(3), torch.zeros(1, 3)]).double() + correction
+    torch.testing.assert_close(anchor.path, expected.float(), atol=1e-3, rtol=1e-3)
+
+
+def test_nothing_is_wrong_before_two_adapters_are_merged():
+    _, anchor = anchored(2)
+    merged = ClassStatistics()
+    anchor.correct(merged, drawn(1, 4, 2), drawn(1, 4, 2, seed=1), torch.arange(4))
+    assert anchor.path is None
+    anchor.path = torch.zeros(3, 2)
+    anchor.correct(merged, drawn(1, 4, 2), drawn(1, 4, 2, seed=1), torch.arange(4))
+    assert not anchor.path.any()
+
+
+@pytest.mark.parametrize("memory_size", [0, 10])
+@pytest.mark.parametrize("fall_back", [False, True])
+def test_without_exemplars_new_images_correct_old_classes(scenario, monkeypatch, memory_size, fall_back):  # noqa: F811
+    seen = []
+    correct = Anchor.correct
+
+    def watched(self, merged, first, found, labels):
+        seen.append((merged.copy(), first, found, labels))
+        correct(self, merged, first, found, labels)
+
+    monkeypatch.setattr(Anchor, "correct", watched)
+    method = begun(scenario, strong(), feature_views=1, memory_size=memory_size, fall_back=fall_back)
+    for task in (scenario[0], scenario[1]):
+        learn_nothing(method, task)
+    seen.clear()
+    images = scenario[2].train
+    first, found = method.features(images, "task_000"), method.features(images, "merged")
+    learn_nothing(method, scenario[2])
+    if memory_size:
+        assert seen == []
+        assert (method.anchor is not None) == fall_back
+        return
+    ((merged, *given),) = seen
+    torch.testing.assert_close(given, [first, found, images.labels])
+    assert merged.classes == [0, 1, 2, 3] and list(method.anchor.tasks.values()) == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_state_learned_without_it_is_told(scenario):  # noqa: F811
+    method = begun(scenario, strong(), fall_back=False, memory_size=10)
+    learn_nothing(method, scenario[0])
+    again = begun(scenario, strong(), fall_back=False, memory_size=0)
+    again.model = method.model
+    with pytest.raises(ValueError, match="memory_size=0 needs .* learned without; set a memory_size and fall_back"):
+        again.restore(*method.state())
