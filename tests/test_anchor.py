@@ -9,7 +9,7 @@ from tiny import tiny_model
 
 from dynammo_peft import Dynammo
 from dynammo_peft.data import AffineMap, ClassStatistics, fit_correction
-from dynammo_peft.methods.anchor import Anchor
+from dynammo_peft.methods.anchor import Anchor, likeness
 
 
 def drawn(*shape, seed=0):
@@ -89,15 +89,34 @@ def test_old_classes_take_their_share_of_what_was_wrong():
     correction = fit_correction(first.flatten(0, 1), (first + 1).flatten(0, 1), labels.repeat(2))
     before = {label: mean.clone() for label, mean in merged.means.items()}
     anchor.correct(merged, first.float(), (2 * first + 1).float(), labels + 4)
+    new = torch.stack([first[:, labels == label].mean(dim=(0, 1)) for label in range(60)])
+    # Each class was seen in five images, all the same.
+    alike = likeness(old, new, torch.zeros(3).double())
+    assert alike.min() < 0.8
     for label, mean in merged.means.items():
         whole = old[label] @ correction[:-1] + correction[-1]
-        share = math.log(4 / (label + 1)) / math.log(4)
+        share = alike[label] * math.log(4 / (label + 1)) / math.log(4)
         torch.testing.assert_close(mean, before[label] + share * whole, atol=1e-3, rtol=1e-3)
     # The first task's class went all the way, the newest was measured after the last merge.
     assert (merged.means[0] - true[0]).norm() < (before[0] - true[0]).norm()
     assert torch.equal(merged.means[3], before[3])
     expected = torch.cat([torch.eye(3), torch.zeros(1, 3)]).double() + correction
     torch.testing.assert_close(anchor.path, expected.float(), atol=1e-3, rtol=1e-3)
+
+
+def test_classes_are_alike_that_are_no_farther_than_new_ones_from_each_other():
+    new = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
+    old = torch.tensor([[0.0, 1.0], [0.0, 10.0], [3.0, 1.0]])
+    # Mean squared distances to both: 1, 82 and 10; of both to each other: 4.
+    torch.testing.assert_close(likeness(old, new, torch.ones(2)), torch.tensor([1.0, 4 / 82, 0.4]))
+    # In units of the deviation within classes.
+    torch.testing.assert_close(likeness(old, new, torch.tensor([9.0, 1.0])), torch.tensor([1.0, 4 / 82, 1.0]))
+    # A single new class: old ones are 81, 9 and 90 from each other.
+    torch.testing.assert_close(likeness(old, new[:1], torch.ones(2)), torch.tensor([1.0, 0.6, 1.0]))
+    assert likeness(old[:1], new[:1], torch.ones(2)).tolist() == [1.0]
+    # Features that never vary, and classes that are the same.
+    assert likeness(old, new, torch.zeros(2)).isfinite().all()
+    assert likeness(new, new, torch.ones(2)).tolist() == [1.0, 1.0]
 
 
 def test_nothing_is_wrong_before_two_adapters_are_merged():

@@ -111,7 +111,7 @@ class Anchor:
 
         A class of task `j` was not moved along the whole path but by the merges since. The `k`-th changes a mean of
         adapters by a share of `1 / k`, so that of `n` adapters its mean takes a share of `log(n / j) / log(n)` of what
-        was wrong.
+        was wrong, and less the less it is like the new classes ([`likeness`]): cells do not tell where X-rays are.
 
         Args:
             merged (`ClassStatistics`): Of old classes under the merged adapter; their means are corrected.
@@ -124,8 +124,38 @@ class Anchor:
             return
         errors = (found - self.moved(first)).flatten(0, 1)
         correction = fit_correction(first.flatten(0, 1), errors, labels.repeat(len(first)))
-        for label in merged.classes:
-            share = math.log(count / self.tasks[label]) / math.log(count)
-            wrong = self.statistics.means[label] @ correction[:-1] + correction[-1]
-            merged.means[label] = merged.means[label] + share * wrong
+        new = [first[:, labels == label].double().mean(dim=(0, 1)) for label in labels.unique()]
+        old = torch.stack([self.statistics.means[label] for label in merged.classes])
+        alike = likeness(old, torch.stack(new), self.statistics.pooled_covariance().diagonal())
+        wrong = old @ correction[:-1] + correction[-1]
+        for label, like, error in zip(merged.classes, alike.tolist(), wrong):
+            share = like * math.log(count / self.tasks[label]) / math.log(count)
+            merged.means[label] = merged.means[label] + share * error
         self.path = (self.path.double() + correction).float()
+
+
+def likeness(old: Tensor, new: Tensor, variances: Tensor) -> Tensor:
+    """How far what is seen of new classes holds for old ones.
+
+    The mean squared distance between new classes by that from them to an old one, at most 1; of a single new class,
+    the mean squared distance between old ones. Features count in units of their deviation within classes.
+
+    Args:
+        old (`Tensor`): Means of old classes, `(N, C)`.
+        new (`Tensor`): Means of new classes, `(M, C)`.
+        variances (`Tensor`): Of each feature within classes, `(C,)`.
+
+    Returns:
+        `Tensor`: Of each old class, from 0 to 1, `(N,)`.
+    """
+    if not variances.any():
+        # That of single images says nothing.
+        variances = torch.ones_like(variances)
+    # Without a floor a feature that never varies would be all that counts.
+    scale = (variances + 1e-6 * variances.mean()).sqrt()
+    old, new = old / scale, new / scale
+    among = torch.pdist(new if len(new) > 1 else old).square()
+    if not len(among):
+        return torch.ones(len(old), dtype=old.dtype)
+    distances = torch.cdist(old, new).square().mean(dim=1)
+    return (among.mean() / distances.clamp(min=torch.finfo(old.dtype).tiny)).clamp(max=1)
