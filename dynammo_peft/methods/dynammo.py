@@ -194,13 +194,14 @@ class Dynammo(TwoStageMethod):
     def _compare_with_first(self, task: Task, before: Tensor) -> None:
         """What a task's images, `before` under the adapter merged without it, tell beside the first adapter.
 
-        Without exemplars they correct what is thought of old classes. Exemplars show it better.
+        They say which of both to use, or correct what is thought of old classes under the merged one. Not both: after
+        a correction the merge is thought to be better than it is.
         """
         labels = task.train.labels
         first = self.anchor.features(task.train)
         if self.fallback is not None:
             self.fallback.weigh(self.statistics, first, before, labels)
-        if self.arguments.memory_size == 0:
+        else:
             self.anchor.correct(self.statistics, first, before, labels)
         self.anchor.take_in(first, labels)
 
