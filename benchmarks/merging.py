@@ -310,15 +310,17 @@ def report(lines: list[dict[str, Any]]) -> str:
         here = [line for line in lines if (line["backbone"], line["sequence"]) == (backbone, sequence)]
         acl = {line["seed"]: line for line in here if line["row"] == "acl"}
         out += [f"\n{backbone}, {sequence}\n", "| | last | average | against ACL | seeds |", "|---|---|---|---|---|"]
-        for row in ROWS:
+        # Rows measured under another name than there is now come last.
+        for row in dict.fromkeys([*ROWS, *(line["row"] for line in here)]):
             own = [line for line in here if line["row"] == row]
+            at_once = row in ROWS and ROWS[row].at_once
             if not own:
                 continue
             last, average = ([line[key] for line in own] for key in ("last", "average"))
             paired = [line for line in own if line["seed"] in acl]
-            shown = "" if ROWS[row].at_once else _spread(average)
+            shown = "" if at_once else _spread(average)
             gain = ""
-            if paired and row != "acl" and not ROWS[row].at_once:
+            if paired and row != "acl" and not at_once:
                 gains = [
                     statistics.mean(line[key] - acl[line["seed"]][key] for line in paired)
                     for key in ("last", "average")

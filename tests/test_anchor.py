@@ -124,9 +124,6 @@ def test_nothing_is_wrong_before_two_adapters_are_merged():
     merged = ClassStatistics()
     anchor.correct(merged, drawn(1, 4, 2), drawn(1, 4, 2, seed=1), torch.arange(4))
     assert anchor.path is None
-    anchor.path = torch.zeros(3, 2)
-    anchor.correct(merged, drawn(1, 4, 2), drawn(1, 4, 2, seed=1), torch.arange(4))
-    assert not anchor.path.any()
 
 
 @pytest.mark.parametrize("memory_size", [0, 10])

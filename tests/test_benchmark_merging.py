@@ -56,3 +56,7 @@ def test_rows_of_a_seed_share_adapters_and_are_run_once(benchmark, tmp_path):
     for row in ("acl", "default", "always merged", "first_session", "joint"):
         assert f"| `{row}` |" in table
     assert json.loads(out.read_text().splitlines()[0])["seed"] == 0
+    # What was measured under another name is not left out.
+    assert "| `default, before` | 12.3 | 45.6 |" in benchmark.report(
+        [*lines, {**lines[0], "row": "default, before", "last": 12.3, "average": 45.6}]
+    )

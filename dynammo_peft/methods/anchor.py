@@ -120,7 +120,8 @@ class Anchor:
             labels (`Tensor`): Class of each image, `(N,)`.
         """
         count = len(self.method.adapters) - 1
-        if self.path is None or count < 2:
+        if count < 2:
+            # The merge of one adapter is that adapter: there is no path yet.
             return
         errors = (found - self.moved(first)).flatten(0, 1)
         correction = fit_correction(first.flatten(0, 1), errors, labels.repeat(len(first)))
