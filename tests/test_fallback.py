@@ -36,30 +36,31 @@ def known(*means, count=10):
     return statistics
 
 
-def test_each_half_is_classified_by_what_is_known_of_the_other():
+def test_each_fifth_is_classified_by_what_is_known_of_the_others():
     # Gaussians with a common covariance, as scikit-learn's discriminant has it.
     generator = torch.Generator().manual_seed(0)
-    old = torch.randn(15, 4, generator=generator)
+    old = torch.randn(24, 4, generator=generator)
     features = torch.randn(1, 60, 4, generator=generator) + torch.tensor([1.0, 0, 0, 0])
     labels = torch.tensor([1, 2]).repeat(30)
     features[0, labels == 2] += torch.tensor([0, 3.0, 0, 0])
     statistics = ClassStatistics()
-    statistics.update(old, torch.zeros(15))
-    even = torch.arange(60) // 2 % 2 == 0
+    statistics.update(old, torch.zeros(24))
     right = torch.zeros(60, dtype=torch.bool)
-    for half in (even, ~even):
-        seen = torch.cat([old, features[0, half]]).numpy()
-        own = torch.cat([torch.zeros(15), labels[half]]).numpy()
+    for fold in range(5):
+        # Labels alternate.
+        out = torch.arange(60) // 2 % 5 == fold
+        seen = torch.cat([old, features[0, ~out]]).numpy()
+        own = torch.cat([torch.zeros(24), labels[~out]]).numpy()
         expected = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / 3] * 3).fit(seen, own)
-        right[~half] = torch.tensor(expected.predict(features[0, ~half].numpy())) == labels[~half]
+        right[out] = torch.tensor(expected.predict(features[0, out].numpy())) == labels[out]
     hits = held_out_hits(statistics, features, labels, solve)
     assert 0.5 < hits.mean() < 1
     assert torch.equal(hits, right.double())
-    assert statistics.counts == {0: 15}
+    assert statistics.counts == {0: 24}
 
 
 def test_all_views_are_taken_in():
-    # Every image of class 1 looks like those of class 2.
+    # The first view of each image of class 1 looks like those of class 2, the second like no other's.
     features = torch.tensor([[[7.5], [7.5], *[[8.0]] * 6], [[0.0], [0.0], *[[8.0]] * 6]])
     labels = torch.tensor([1] * 2 + [2] * 6)
     taken = []
@@ -68,8 +69,14 @@ def test_all_views_are_taken_in():
         taken.append(dict(statistics.counts))
         return nearest_mean(statistics)
 
-    assert held_out_hits(known([0.0]), features, labels, watched).tolist() == [0] * 2 + [1] * 6
-    assert taken == [{0: 10, 1: 1, 2: 3}] * 2
+    assert held_out_hits(known([-9.0]), features, labels, watched).tolist() == [0.5] * 2 + [1] * 6
+    # The sixth image of class 2 is held out with the first.
+    assert taken == [{0: 10, 1: 1, 2: 4}, {0: 10, 1: 1, 2: 5}, *[{0: 10, 1: 2, 2: 5}] * 3]
+
+
+def test_a_single_image_tells_nothing():
+    features, labels = torch.tensor([[[4.0], [8.0], [8.0]]]), torch.tensor([1, 2, 2])
+    assert held_out_hits(known([0.0]), features, labels, nearest_mean).tolist() == [0, 1, 1]
 
 
 def test_known_classes_are_in_the_way():
@@ -93,19 +100,14 @@ def test_classes_are_lost_whose_means_are_thought_to_be_elsewhere():
     elsewhere = features.clone()
     elsewhere[:, 4:] = -features[:, 4:]
     assert accuracy(elsewhere) == 0.5
-    # The half that is classified has no part in it: half of the images of both classes.
+    # An image has no part in the mean that it is compared with: where two of the others are elsewhere, it is lost.
     elsewhere = features.clone()
     elsewhere[:, ::2] = -features[:, ::2]
     assert accuracy(elsewhere) == 0.5
 
 
-def test_by_how_much_classes_were_moved():
-    # Three tasks: by the second and third merge, by the third, not at all.
-    moved = torch.tensor([1 / 2 + 1 / 3, 1 / 3, 0.0])
-    assert fallback.mean_age(3) == pytest.approx((moved.mean() / moved[0]).item(), abs=0.03)
-    assert fallback.mean_age(2) == 0.5
-    # The mean of -log(x) from 0 to 1 is 1.
-    assert fallback.mean_age(10_000) == pytest.approx(1 / math.log(10_000), rel=1e-2)
+# Tasks in which the classes came that are known before.
+OLD = (1, 1, 2)
 
 
 def judged(monkeypatch, tasks, labels):
@@ -114,19 +116,20 @@ def judged(monkeypatch, tasks, labels):
     method.adapters = []
     judge = fallback.Fallback(Anchor(method, "merged"))
     judge.anchor.path = torch.zeros(2, 1)
-    features = torch.zeros(1, len(labels), 1)
+    judge.anchor.tasks = dict(enumerate(OLD))
+    features = labels.float()[None, :, None]
     for index, hits in enumerate(tasks):
         method.adapters.append(f"task_{index:03d}")
         if index > 0:
-            judge.anchor.statistics = known([0.0])
+            judge.anchor.statistics = known(*[[0.0]] * len(OLD))
             coming = iter(hits)
             monkeypatch.setattr(fallback, "held_out_hits", lambda *_, coming=coming, **__: next(coming))
-            judge.weigh(known([0.0]), features, features, labels)
+            judge.weigh(judge.anchor.statistics, features, features, labels)
     return judge
 
 
 def test_the_advantage_is_on_a_line_through_the_differences(monkeypatch):
-    labels = torch.tensor([1, 1, 1, 1, 2, 2])
+    labels = torch.tensor([3, 3, 3, 3, 4, 4])
     tasks = torch.rand(5, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     # The merge of one adapter is that adapter: until two are merged, nothing tells.
     for number in (1, 2):
@@ -136,7 +139,10 @@ def test_the_advantage_is_on_a_line_through_the_differences(monkeypatch):
     # Later, a line through the origin at which one adapter is merged.
     places, points, errors = torch.tensor([2.0, 3.0, 4.0]).log(), [], []
     for count, (alone, newest, oldest) in zip((2, 3, 4), tasks[2:]):
-        difference = fallback.mean_age(count) * (oldest - newest) + newest - alone
+        # New classes are at 3 and 4, old ones at 0.
+        alike = 1 / ((9 + 16) / 2)
+        share = alike * sum(math.log(count / task) for task in OLD) / (3 * math.log(count))
+        difference = share * (oldest - newest) + newest - alone
         one, other = difference[:4], difference[4:]
         # Classes count the same.
         points.append((one.mean() + other.mean()) / 2)
@@ -148,17 +154,17 @@ def test_the_advantage_is_on_a_line_through_the_differences(monkeypatch):
     assert error == pytest.approx(expected.item())
 
 
-def test_the_merge_has_to_be_better_by_more_than_the_standard_error(monkeypatch):
+def test_the_merge_has_to_be_better_by_more_than_two_standard_errors(monkeypatch):
     def chosen(better, worse):
         newest = torch.zeros(100, dtype=torch.float64)
         newest[:better], newest[better : better + worse] = 1, -1
         hits = torch.stack([torch.zeros_like(newest), newest, newest])
-        return judged(monkeypatch, [hits] * 3, torch.ones(100).long()).chosen
+        return judged(monkeypatch, [hits] * 3, torch.full((100,), 3)).chosen
 
     # Of a hundred images; the error is that of a mean.
     assert chosen(better=0, worse=0)
-    assert chosen(better=3, worse=2)
-    assert not chosen(better=9, worse=2)
+    assert chosen(better=8, worse=2)
+    assert not chosen(better=11, worse=2)
     assert chosen(better=2, worse=9)
 
 

@@ -26,6 +26,8 @@ class Anchor:
     where these maps were wrong, before an adapter is trained on them: the path through all of them says where the
     images' features should be, given those under the first adapter, and the merged adapter says where they are.
 
+    What that corrects is kept apart from the path, for [`Fallback`] judges without it.
+
     Args:
         method (`Dynammo`): The method.
         merged (`str`): Name of the merged adapter.
@@ -34,6 +36,8 @@ class Anchor:
         statistics (`ClassStatistics`): Of all classes under the first adapter.
         path (`Optional[Tensor]`): The map from features under the first adapter to those under the merged one, in its
             last row what is added, `(C + 1, C)`; `None` as long as one adapter is merged.
+        correction (`Optional[Tensor]`): What to add to the path, `(C + 1, C)`; `None` as long as nothing is corrected.
+        offsets (`dict[int, Tensor]`): What was added to the mean of each class under the merged adapter, `(C,)`.
         tasks (`dict[int, int]`): Number of the task, from 1, in which each class came.
     """
 
@@ -42,13 +46,19 @@ class Anchor:
         self.merged = merged
         self.statistics = ClassStatistics("shared", method.arguments.covariance_rank)
         self.path: Optional[Tensor] = None
+        self.correction: Optional[Tensor] = None
+        self.offsets: dict[int, Tensor] = {}
         self.tasks: dict[int, int] = {}
 
     def state(self) -> dict[str, Tensor]:
         """All there is to know after a task, as tensors: what `restore` takes."""
         tensors = {f"statistics.{name}": tensor for name, tensor in self.statistics.state().items()}
         tensors["tasks"] = torch.tensor([self.tasks[label] for label in self.statistics.classes])
-        return tensors if self.path is None else {**tensors, "path": self.path}
+        if self.path is not None:
+            tensors["path"] = self.path
+        if self.correction is not None:
+            tensors["correction"] = self.correction
+        return tensors | {f"offsets.{label}": offset for label, offset in self.offsets.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over what `state` gave.
@@ -67,7 +77,11 @@ class Anchor:
             {name.removeprefix(prefix): own for name, own in tensors.items() if name.startswith(prefix)}
         )
         self.tasks = dict(zip(self.statistics.classes, tensors["tasks"].tolist()))
-        self.path = tensors.get("path")
+        self.path, self.correction = tensors.get("path"), tensors.get("correction")
+        prefix = "offsets."
+        self.offsets = {
+            int(name.removeprefix(prefix)): own for name, own in tensors.items() if name.startswith(prefix)
+        }
 
     def features(self, images: LabelledImages) -> Tensor:
         """Features of images under the first adapter, `(V, N, C)`."""
@@ -89,7 +103,11 @@ class Anchor:
 
     def take_in(self, features: Tensor, labels: Tensor) -> None:
         """Updates the statistics by features under the first adapter, `(V, N, C)`, of images with labels `(N,)`."""
+        known = dict(self.statistics.counts)
         self.statistics.update(features, labels)
+        for label in self.offsets:
+            # In the mean of a class that came back, what is measured needs no correction.
+            self.offsets[label] = self.offsets[label] * known[label] / self.statistics.counts[label]
         for label in self.statistics.classes:
             self.tasks.setdefault(label, len(self.method.adapters))
 
@@ -101,17 +119,45 @@ class Anchor:
             path = self.path.double() @ step.weight
             path[-1] += step.bias
         self.path = path.float()
+        if self.correction is not None:
+            self.correction = (self.correction.double() @ step.weight).float()
+        self.offsets = {label: offset @ step.weight for label, offset in self.offsets.items()}
 
     def moved(self, features: Tensor) -> Tensor:
         """Where features under the first adapter, `(V, N, C)`, are thought to be under the merged one."""
         return features @ self.path[:-1] + self.path[-1]
 
-    def correct(self, merged: ClassStatistics, first: Tensor, found: Tensor, labels: Tensor) -> None:
-        """Corrects the path, and the means of old classes, by images of new classes that no adapter was trained on.
+    def uncorrected(self, merged: ClassStatistics) -> ClassStatistics:
+        """Statistics under the merged adapter as they would be had nothing been corrected."""
+        plain = merged.copy()
+        for label, offset in self.offsets.items():
+            plain.means[label] = plain.means[label] - offset
+        return plain
+
+    def shares(self, features: Tensor, labels: Tensor) -> Tensor:
+        """How far what the path is wrong by for images of new classes holds for each class known so far.
 
         A class of task `j` was not moved along the whole path but by the merges since. The `k`-th changes a mean of
-        adapters by a share of `1 / k`, so that of `n` adapters its mean takes a share of `log(n / j) / log(n)` of what
-        was wrong, and less the less it is like the new classes ([`likeness`]): cells do not tell where X-rays are.
+        adapters by a share of `1 / k`, so that of `n` adapters it is `log(n / j) / log(n)`, and less the less the
+        class is like the new ones ([`likeness`]): cells do not tell where X-rays are.
+
+        Args:
+            features (`Tensor`): Of the images under the first adapter, `(V, N, C)`.
+            labels (`Tensor`): Class of each image, `(N,)`.
+
+        Returns:
+            `Tensor`: In the order of `statistics.classes`, from 0 to 1, `(N,)`.
+        """
+        new = torch.stack([features[:, labels == label].double().mean(dim=(0, 1)) for label in labels.unique()])
+        alike = likeness(self._means(), new, self.statistics.pooled_covariance().diagonal())
+        count = len(self.method.adapters) - 1
+        since = [math.log(count / self.tasks[label]) / math.log(count) for label in self.statistics.classes]
+        return alike * torch.tensor(since, dtype=alike.dtype)
+
+    def correct(self, merged: ClassStatistics, first: Tensor, found: Tensor, labels: Tensor) -> None:
+        """Corrects the means of old classes by images of new classes that no adapter was trained on.
+
+        Of what was wrong for these, an old class takes its [share][Anchor.shares].
 
         Args:
             merged (`ClassStatistics`): Of old classes under the merged adapter; their means are corrected.
@@ -123,16 +169,18 @@ class Anchor:
         if count < 2:
             # The merge of one adapter is that adapter: there is no path yet.
             return
-        errors = (found - self.moved(first)).flatten(0, 1)
-        correction = fit_correction(first.flatten(0, 1), errors, labels.repeat(len(first)))
-        new = [first[:, labels == label].double().mean(dim=(0, 1)) for label in labels.unique()]
-        old = torch.stack([self.statistics.means[label] for label in merged.classes])
-        alike = likeness(old, torch.stack(new), self.statistics.pooled_covariance().diagonal())
-        wrong = old @ correction[:-1] + correction[-1]
-        for label, like, error in zip(merged.classes, alike.tolist(), wrong):
-            share = like * math.log(count / self.tasks[label]) / math.log(count)
+        known = torch.zeros_like(self.path) if self.correction is None else self.correction
+        expected = self.moved(first) + first @ known[:-1] + known[-1]
+        correction = fit_correction(first.flatten(0, 1), (found - expected).flatten(0, 1), labels.repeat(len(first)))
+        wrong = self._means() @ correction[:-1] + correction[-1]
+        for label, share, error in zip(self.statistics.classes, self.shares(first, labels), wrong):
             merged.means[label] = merged.means[label] + share * error
-        self.path = (self.path.double() + correction).float()
+            self.offsets[label] = self.offsets.get(label, 0) + share * error
+        self.correction = (known.double() + correction).float()
+
+    def _means(self) -> Tensor:
+        """Of each class, `(N, C)`."""
+        return torch.stack([self.statistics.means[label] for label in self.statistics.classes])
 
 
 def likeness(old: Tensor, new: Tensor, variances: Tensor) -> Tensor:

@@ -192,16 +192,13 @@ class Dynammo(TwoStageMethod):
         return heads
 
     def _compare_with_first(self, task: Task, before: Tensor) -> None:
-        """What a task's images, `before` under the adapter merged without it, tell beside the first adapter.
-
-        They say which of both to use, or correct what is thought of old classes under the merged one. Not both: after
-        a correction the merge is thought to be better than it is.
-        """
+        """What a task's images, `before` under the adapter merged without it, tell beside the first adapter."""
         labels = task.train.labels
         first = self.anchor.features(task.train)
         if self.fallback is not None:
             self.fallback.weigh(self.statistics, first, before, labels)
-        else:
+        if self.arguments.memory_size == 0:
+            # Exemplars would show better where old classes are.
             self.anchor.correct(self.statistics, first, before, labels)
         self.anchor.take_in(first, labels)
 

@@ -20,19 +20,21 @@ class Fallback:
 
     The first adapter never changes, so statistics of its features stay exact. Those of the merged adapter's features
     are moved at each merge, and old classes may suffer from that unseen. New classes tell, before an adapter is
-    trained on them. They are learned from half of their images, and the others are classified among all classes:
+    trained on them. They are learned from some of their images, and the others are classified among all classes:
 
     - under the first adapter,
     - under the merged one, as the newest classes are: their means are measured,
     - under the merged one, as if they were as old as the first: their means are measured under the first adapter, and
       moved through all merges since, by maps that were fitted without them.
 
-    The classes of task `j` were moved by the merges since. The `k`-th changes a mean of adapters by a share of
-    `1 / k`, so all of them together move classes by about `log(k / j)`: that far between the second and the third they
-    are expected to be. By the same measure the difference between both adapters grows, from none where one adapter is
-    merged: the advantage of the merge is on the line through the differences of all tasks.
+    What an old class loses is its [share][Anchor.shares] of what lies between the second and the third. The `k`-th
+    merge changes a mean of adapters by `1 / k`, so the difference between both adapters grows about as `log(k)`, from
+    none where one adapter is merged: the advantage of the merge is on the line through the differences of all tasks.
 
-    The first adapter is chosen unless the merge is better by more than the standard error of that, once there is
+    What later tasks correct of old classes ([`Anchor.correct`]) is left out: with it the merge was judged better than it
+    was.
+
+    The first adapter is chosen unless the merge is better by more than two standard errors of that, once there is
     something to judge by. What it is worth is known, since nothing is moved; a merge can lose classes altogether.
 
     Args:
@@ -60,7 +62,7 @@ class Fallback:
     def chosen(self) -> bool:
         """Whether the first adapter is to be used."""
         advantage, error = self.advantage
-        return bool(self.evidence[1] > 0) and advantage <= error
+        return bool(self.evidence[1] > 0) and advantage <= 2 * error
 
     def state(self) -> dict[str, Tensor]:
         """All there is to know after a task, as tensors: what `restore` takes."""
@@ -94,11 +96,11 @@ class Fallback:
         if count < 2 or not new.any():
             return
         own, solve = labels[new], self.method.analytic_heads
-        first, before = first[:, new], before[:, new]
+        first, before, merged = first[:, new], before[:, new], self.anchor.uncorrected(merged)
         hits = held_out_hits(alone, first, own, solve)
         newest = held_out_hits(merged, before, own, solve)
         oldest = held_out_hits(merged, before, own, solve, means=self.anchor.moved(first))
-        age, growth = mean_age(count), math.log(count)
+        age, growth = self.anchor.shares(first, own).mean(), math.log(count)
         differences = age * oldest + (1 - age) * newest - hits
         for label in own.unique():
             part = differences[own == label]
@@ -115,15 +117,3 @@ class Fallback:
         if self.merge:
             set_adapter_tensors(self.method.model, self.anchor.merged, self.merge)
             self.merge = {}
-
-
-def mean_age(count: int) -> float:
-    """How far classes were moved while `count` adapters were merged one by one, mean over their tasks.
-
-    Args:
-        count (`int`): At least 2.
-
-    Returns:
-        `float`: As a share of how far those of the first task were.
-    """
-    return sum(math.log(count / task) for task in range(1, count + 1)) / (count * math.log(count))
