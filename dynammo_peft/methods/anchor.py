@@ -57,8 +57,10 @@ class Anchor:
         if self.path is not None:
             tensors["path"] = self.path
         if self.correction is not None:
-            tensors["correction"] = self.correction
-        return tensors | {f"offsets.{label}": offset for label, offset in self.offsets.items()}
+            nothing = torch.zeros(self.correction.shape[1], dtype=torch.float64)
+            offsets = [self.offsets.get(label, nothing) for label in self.statistics.classes]
+            tensors |= {"correction": self.correction, "offsets": torch.stack(offsets)}
+        return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over what `state` gave.
@@ -78,10 +80,7 @@ class Anchor:
         )
         self.tasks = dict(zip(self.statistics.classes, tensors["tasks"].tolist()))
         self.path, self.correction = tensors.get("path"), tensors.get("correction")
-        prefix = "offsets."
-        self.offsets = {
-            int(name.removeprefix(prefix)): own for name, own in tensors.items() if name.startswith(prefix)
-        }
+        self.offsets = dict(zip(self.statistics.classes, tensors.get("offsets", ())))
 
     def features(self, images: LabelledImages) -> Tensor:
         """Features of images under the first adapter, `(V, N, C)`."""

@@ -31,8 +31,8 @@ class Fallback:
     merge changes a mean of adapters by `1 / k`, so the difference between both adapters grows about as `log(k)`, from
     none where one adapter is merged: the advantage of the merge is on the line through the differences of all tasks.
 
-    What later tasks correct of old classes ([`Anchor.correct`]) is left out: with it the merge was judged better than it
-    was.
+    What later tasks correct of old classes ([`Anchor.correct`]) is left out: with it the merge is judged better than
+    it is.
 
     The first adapter is chosen unless the merge is better by more than two standard errors of that, once there is
     something to judge by. What it is worth is known, since nothing is moved; a merge can lose classes altogether.
