@@ -2,7 +2,7 @@
 
     python benchmarks/merging.py                                   # everything; goes on where it was stopped
     python benchmarks/merging.py --backbones deit_tiny --sequences blood_cells --seeds 0 1 --rows acl paper default
-    python benchmarks/merging.py --report                          # the table of what is there
+    python benchmarks/merging.py --report                          # the tables of what is there
 
 Rows of a backbone, sequence and seed start from the same adapters: stage 1 is trained once for all methods that have
 the same images and the same loss in it, and kept under `docs/results/adapters` (not in version control; delete the
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ import dynammo_peft as dp
 from dynammo_peft.data import LabelledImages
 from dynammo_peft.merging import adapter_tensors
 from dynammo_peft.methods import Stage
+from merging_tables import details, overview
 
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -127,6 +127,9 @@ ROWS: dict[str, Row] = {
     "recalibrate": Row(arguments={"recalibrate": True, "fall_back": False}),
 }
 CORE = ("acl", "paper", "default", "exemplar_free", "first_session", "joint")
+# Of the table of all backbones and sequences.
+TABLE = ("acl", "paper", "default", "exemplar_free", "always merged", "exemplar_free, always merged")
+TABLE += ("first_session", "joint", "joint, heads=lda")
 
 
 class SharedLearner(dp.Learner):
@@ -303,38 +306,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def report(lines: list[dict[str, Any]]) -> str:
-    """The table: mean and standard deviation over seeds, and the distance to ACL on the same seeds."""
-    out = []
-    for backbone, sequence in dict.fromkeys((line["backbone"], line["sequence"]) for line in lines):
-        here = [line for line in lines if (line["backbone"], line["sequence"]) == (backbone, sequence)]
-        acl = {line["seed"]: line for line in here if line["row"] == "acl"}
-        out += [f"\n{backbone}, {sequence}\n", "| | last | average | against ACL | seeds |", "|---|---|---|---|---|"]
-        # Rows measured under another name than there is now come last.
-        for row in dict.fromkeys([*ROWS, *(line["row"] for line in here)]):
-            own = [line for line in here if line["row"] == row]
-            at_once = row in ROWS and ROWS[row].at_once
-            if not own:
-                continue
-            last, average = ([line[key] for line in own] for key in ("last", "average"))
-            paired = [line for line in own if line["seed"] in acl]
-            shown = "" if at_once else _spread(average)
-            gain = ""
-            if paired and row != "acl" and not at_once:
-                gains = [
-                    statistics.mean(line[key] - acl[line["seed"]][key] for line in paired)
-                    for key in ("last", "average")
-                ]
-                gain = " / ".join(f"{each:+.1f}" for each in gains)
-            out.append(f"| `{row}` | {_spread(last)} | {shown} | {gain} | {len(own)} |")
-    return "\n".join(out)
-
-
-def _spread(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
-
-
 def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -345,7 +316,7 @@ def main() -> None:
     parser.add_argument("--core", action="store_true", help=f"The rows {', '.join(CORE)} only.")
     parser.add_argument("--epochs", type=int, default=5, help="Of stage 1, for each task.")
     parser.add_argument("--validation_fraction", type=float, default=0.0)
-    parser.add_argument("--report", action="store_true", help="Print the table of the results so far.")
+    parser.add_argument("--report", action="store_true", help="Print the tables of the results so far.")
     args = parser.parse_args()
     out = RESULTS / ("merging_validation.jsonl" if args.validation_fraction else "merging.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -356,7 +327,9 @@ def main() -> None:
                     rows = list(CORE) if args.core else args.rows
                     with sdpa_kernel(SDPBackend.MATH):
                         run_seed(backbone, sequence, seed, args.epochs, rows, args.validation_fraction, out)
-    print(report(read(out)))
+    lines, at_once = read(out), [row for row, settings in ROWS.items() if settings.at_once]
+    print(overview(lines, TABLE, at_once))
+    print(details(lines, list(ROWS), at_once))
 
 
 if __name__ == "__main__":

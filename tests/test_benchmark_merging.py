@@ -16,6 +16,7 @@ def benchmark(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up.
     monkeypatch.setitem(sys.modules, spec.name, module)
+    monkeypatch.syspath_prepend(path.parent)
     spec.loader.exec_module(module)
     for split, images in (("train", tiny_dataset(4, 6)), ("test", tiny_dataset(4, 2, seed=1))):
         for index, row in enumerate(images):
@@ -52,11 +53,45 @@ def test_rows_of_a_seed_share_adapters_and_are_run_once(benchmark, tmp_path):
     run("joint, heads=lda")
     found = [*(tmp_path / "results" / "adapters").rglob("*.safetensors")]
     assert len(found) == 5 and {path: path.stat().st_mtime_ns for path in kept} == kept
-    table = benchmark.report(lines)
-    for row in ("acl", "default", "always merged", "first_session", "joint"):
-        assert f"| `{row}` |" in table
     assert json.loads(out.read_text().splitlines()[0])["seed"] == 0
-    # What was measured under another name is not left out.
-    assert "| `default, before` | 12.3 | 45.6 |" in benchmark.report(
-        [*lines, {**lines[0], "row": "default, before", "last": 12.3, "average": 45.6}]
-    )
+
+
+def line(row, seed, last, average, backbone="a"):
+    return {"backbone": backbone, "sequence": "s", "seed": seed, "row": row, "last": last, "average": average}
+
+
+LINES = [
+    line("acl", 0, 50.0, 60.0),
+    line("default", 0, 60.0, 80.0),
+    line("default", 1, 63.0, 84.0),
+    line("joint", 1, 70.0, 70.0),
+    line("default", 0, 40.0, 45.0, backbone="b"),
+]
+
+
+def test_all_backbones_and_sequences_in_one_table(benchmark):
+    table = benchmark.overview(LINES, ("acl", "default", "joint"), ["joint"]).splitlines()
+    assert table == [
+        "| | s, a | s, b |",
+        "|---|---|---|",
+        "| `acl` | 50.0 / 60.0 |  |",
+        "| `default` | 61.5 ± 2.1 / 82.0 ± 2.8 | 40.0 / 45.0 |",
+        "| `joint` | 70.0 |  |",
+        # Over the seeds that have both.
+        "| `default` less `acl` | +10.0 / +20.0 |  |",
+        "| `default` less `joint` | -7.0 |  |",
+    ]
+
+
+def test_what_was_measured_under_another_name_comes_last(benchmark):
+    table = benchmark.details([line("default, before", 2, 12.3, 45.6), *LINES], ("acl", "default"), ["joint"])
+    assert table.splitlines()[:8] == [
+        "",
+        "a, s",
+        "",
+        "| | last / average | less `acl` | seeds |",
+        "|---|---|---|---|",
+        "| `acl` | 50.0 / 60.0 |  | 0 |",
+        "| `default` | 61.5 ± 2.1 / 82.0 ± 2.8 | +10.0 / +20.0 | 0, 1 |",
+        "| `default, before` | 12.3 / 45.6 |  | 2 |",
+    ]
