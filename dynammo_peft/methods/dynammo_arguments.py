@@ -87,7 +87,7 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
         default=None,
         metadata={
             "help": "Directions kept of each covariance, for wide features; exact if unset. With fall_back, or "
-            "without exemplars, a map of all features to all features is kept in any case."
+            "without exemplars, maps of all features to all features are kept in any case."
         },
     )
     samples_per_class: int = field(default=200, metadata={"help": "Features drawn of each class for 'gaussians'."})
