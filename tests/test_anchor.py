@@ -125,7 +125,9 @@ def corrected_anchor():
     plain = merged.copy()
     labels = torch.arange(3, 5).repeat(10)
     new = drawn(1, 20, 4, seed=8) + 3 * (labels[None, :, None] - 3)
-    anchor.correct(merged, new.float(), (1.5 * new).float(), labels)
+    # Twice: what was corrected before is not forgotten.
+    for found in (1.5 * new, 3 * new):
+        anchor.correct(merged, new.float(), found.float(), labels)
     assert all((merged.means[label] - plain.means[label]).norm() > 0.1 for label in (0, 1))
     return anchor, merged, plain
 
