@@ -20,7 +20,7 @@ class Fallback:
 
     The first adapter never changes, so statistics of its features stay exact. Those of the merged adapter's features
     are moved at each merge, and old classes may suffer from that unseen. New classes tell, before an adapter is
-    trained on them. They are learned from some of their images, and the others are classified among all classes:
+    trained on them. They are learned from most of their images, and the others are classified among all classes:
 
     - under the first adapter,
     - under the merged one, as the newest classes are: their means are measured,
