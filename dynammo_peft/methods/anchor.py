@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data import AffineMap, ClassStatistics, LabelledImages, fit_correction
 from ..merging import adapter_tensors, set_adapter_tensors
+from .state import under
 
 
 if TYPE_CHECKING:
@@ -74,10 +75,7 @@ class Anchor:
                 f"{'memory_size=0' if free else 'fall_back'} needs what is known under the first adapter, and this "
                 f"was learned without; set {'a memory_size and ' if free else ''}fall_back=False."
             )
-        prefix = "statistics."
-        self.statistics.restore(
-            {name.removeprefix(prefix): own for name, own in tensors.items() if name.startswith(prefix)}
-        )
+        self.statistics.restore(under("statistics.", tensors))
         self.tasks = dict(zip(self.statistics.classes, tensors["tasks"].tolist()))
         self.path, self.correction = tensors.get("path"), tensors.get("correction")
         self.offsets = dict(zip(self.statistics.classes, tensors.get("offsets", ())))

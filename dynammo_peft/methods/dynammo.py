@@ -23,6 +23,7 @@ from .dynammo_arguments import DynammoArguments, Heads
 from .fallback import Fallback
 from .merging import Merging
 from .offload import AdapterFolder
+from .state import under
 
 
 MERGED = "merged"
@@ -101,8 +102,7 @@ class Dynammo(TwoStageMethod):
         super().restore(values, tensors, scenario)
         if self.statistics is not None and self.adapters:
             for prefix, part in self._parts().items():
-                own = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
-                part.restore({name.removeprefix(f"{prefix}."): tensor for name, tensor in own.items()})
+                part.restore(under(f"{prefix}.", tensors))
         self.merging.restore(self.adapters, tensors)
 
     def _parts(self) -> dict[str, Union[ClassStatistics, Anchor, Fallback]]:

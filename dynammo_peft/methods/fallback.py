@@ -12,6 +12,7 @@ from ..data import ClassStatistics
 from ..merging import AdapterTensors, set_adapter_tensors
 from .anchor import Anchor
 from .held_out import held_out_hits
+from .state import under
 
 
 class Fallback:
@@ -76,8 +77,7 @@ class Fallback:
         """
         if "evidence" not in tensors:
             raise ValueError("fall_back has nothing to judge by: this was learned without; set fall_back=False.")
-        prefix = "merge."
-        self.merge = {name.removeprefix(prefix): own for name, own in tensors.items() if name.startswith(prefix)}
+        self.merge = under("merge.", tensors)
         self.evidence = tensors["evidence"].double()
 
     def weigh(self, merged: ClassStatistics, first: Tensor, before: Tensor, labels: Tensor) -> None:

@@ -15,6 +15,7 @@ from ..data import Task
 from ..merging import AdapterTensors, diagonal_fisher, input_grams
 from ..tuner.architectures import ARCHITECTURES
 from .adapters import AdapterMethod
+from .state import under
 
 
 class Measurements:
@@ -75,11 +76,7 @@ class Measurements:
         self.of_adapters = []
         if self.kind is None:
             return
-        prefixes = [f"{self.kind}.{task}." for task in range(len(adapters))]
-        self.of_adapters = [
-            {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            for prefix in prefixes
-        ]
+        self.of_adapters = [under(f"{self.kind}.{task}.", tensors) for task in range(len(adapters))]
         if not all(self.of_adapters):
             raise ValueError(f"merge={self.merge!r} needs what was measured of each adapter; it was learned without.")
 
