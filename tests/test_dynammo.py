@@ -364,7 +364,9 @@ def test_merge_weights_are_learned(hard_scenario, granularity, objective, tmp_pa
         learn_nothing(method, hard_scenario[number])
     model, names = method.model, ["task_000", "task_001"]
     kept = model.peft_config["merged"].merge_weights
-    assert (kept["granularity"], kept["simplex"], list(kept["adapters"])) == (granularity, False, names)
+    # Of its own accord on the simplex for entropy only, which stronger adapters lower whatever they do.
+    found = (kept["granularity"], kept["simplex"], list(kept["adapters"]))
+    assert found == (granularity, objective == "entropy", names)
     assert 0 < kept["loss_before"] != kept["loss_after"] > 0
     assert all(model.peft_config[name].merge_weights is None for name in names)
     # The merged adapter is what the weights say, and not the mean.

@@ -358,6 +358,9 @@ def test_entropy_decreases_without_labels(method):
     entropy = torch.special.entr(probabilities).sum(dim=1).mean().item()
     assert weights.loss_after == pytest.approx(entropy, rel=1e-4)
     assert weights.loss_after < weights.loss_before - 1e-5
+    # Not by stronger adapters, unless they are asked for.
+    assert weights.simplex
+    assert not learn_merge_weights(model, TASKS, images.split(8), "free", "task", False, "entropy", steps=0).simplex
 
 
 def test_entropy_of_certain_predictions():

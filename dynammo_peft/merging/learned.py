@@ -26,7 +26,7 @@ def learn_merge_weights(
     batches: Iterable[Any],
     adapter_name: str = "merged",
     granularity: Granularity = "layer",
-    simplex: bool = False,
+    simplex: Optional[bool] = None,
     objective: Union[str, Objective] = "labels",
     forward: Optional[Forward] = None,
     steps: int = 20,
@@ -51,7 +51,8 @@ def learn_merge_weights(
             through as often as `steps` asks for. If there are several processes, all must see the same batches.
         adapter_name (`str`): The adapter to fill. It is made by `merge_adapters` if it does not exist.
         granularity (`Literal["task", "layer", "channel"]`): What has weights of its own.
-        simplex (`bool`): Whether weights are positive and sum to one over the adapters; otherwise they are free.
+        simplex (`Optional[bool]`): Whether weights are positive and sum to one over the adapters; otherwise they are
+            free. If `None`, for `"entropy"` only: stronger adapters lower it, whatever becomes of the classes.
         objective (`Union[Literal["labels", "entropy"], Callable]`): `"labels"`: cross-entropy of the logits.
             `"entropy"`: entropy of the predictions, for batches without labels. Or a function of what the forward
             returned and the labels, as `gaussian_likelihood`.
@@ -78,6 +79,7 @@ def learn_merge_weights(
     """
     base = adapted_base(model)
     loss = FunctionalLoss(base, objective, forward)
+    simplex = objective == "entropy" if simplex is None else simplex
     with seeded(base, seed), _merged_adapter(model, adapters, adapter_name), adapter_used(model, adapter_name):
         # Backward shall pass by all but the merge weights; `adapter_used` puts this back.
         model.requires_grad_(False)

@@ -53,8 +53,9 @@ class MergingArguments:
     )
     weights_steps: int = field(default=20, metadata={"help": "Steps in which merge weights are learned."})
     weights_learning_rate: float = field(default=0.03, metadata={"help": "Learning rate of merge weights."})
-    weights_simplex: bool = field(
-        default=False, metadata={"help": "Keep learned merge weights positive and their sum at one."}
+    weights_simplex: Optional[bool] = field(
+        default=None,
+        metadata={"help": "Keep learned merge weights positive and their sum at one; if unset, for 'entropy' only."},
     )
     offload_adapters: Optional[str] = field(
         default=None,
