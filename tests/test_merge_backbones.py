@@ -102,7 +102,7 @@ def test_learned_weights_and_head(name, granularity):
     first, second = first_model(name), other_model(name)
     states, batches = (snapshot(first), snapshot(second)), labelled(name)
     merged, weights = merge_backbones(
-        first, second, batches, granularity, steps=8, learning_rate=0.1, head_learning_rate=0.01, progress=False
+        first, second, batches, granularity, steps=8, learning_rate=0.2, head_learning_rate=0.01, progress=False
     )
     assert weights.granularity == granularity
     assert weights.loss_after < weights.loss_before
@@ -164,7 +164,7 @@ def test_planted_share_is_found():
         objective=lambda features, target: (features - target).square().mean(),
         forward=lambda base, batch: base.vit(batch[0]).last_hidden_state,
         steps=120,
-        learning_rate=0.05,
+        learning_rate=0.1,
         progress=False,
     )
     assert weights("vit").tolist() == pytest.approx([0.8, 0.2], abs=0.01)

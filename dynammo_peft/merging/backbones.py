@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .adapters import AdapterTensors, Slot
 from .groups import Granularity
 from .objectives import Forward, Objective
-from .optimization import FunctionalLoss, minimize, seeded
+from .optimization import FunctionalLoss, check_numbers, minimize, seeded
 from .weights import MergeWeights
 
 
@@ -50,7 +50,7 @@ def merge_backbones(
     forward: Optional[Forward] = None,
     num_labels: Optional[int] = None,
     steps: int = 100,
-    learning_rate: float = 0.02,
+    learning_rate: float = 0.04,
     head_learning_rate: float = 1e-3,
     seed: int = 0,
     progress: bool = True,
@@ -76,7 +76,7 @@ def merge_backbones(
         forward (`Optional[Callable]`): As in `learn_merge_weights`.
         num_labels (`Optional[int]`): Classes of a fresh classifier; the first model's classifier if `None`.
         steps (`int`): Updates, one a batch.
-        learning_rate (`float`): Of the weights: Adam's at the start; falls to zero by a cosine.
+        learning_rate (`float`): Of the weights: Adam's at the start, in units of 0.5; falls to zero by a cosine.
         head_learning_rate (`float`): Of the classifier, likewise.
         seed (`int`): Of the fresh classifier and of what `batches` draws.
         progress (`bool`): Whether to show a progress bar.
@@ -93,6 +93,7 @@ def merge_backbones(
         raise ValueError("Give merge_backbones either weights or batches to learn them on, not both.")
     if num_labels is not None and num_labels < 1:
         raise ValueError(f"num_labels={num_labels} must be at least 1; None keeps the first model's classifier.")
+    check_numbers(steps, learning_rate, head_learning_rate)
     _check_alike(first, second)
     with seeded(first, seed):
         merged = _with_head(first, num_labels)
@@ -105,7 +106,7 @@ def merge_backbones(
         if batches is not None:
             loss = FunctionalLoss(merged.eval(), objective, forward)
             head = _trainable_copies(merged, slots)
-            groups = [{"params": [mixture.values], "lr": learning_rate}]
+            groups = [{"params": [mixture.values], "lr": mixture.step_length(learning_rate)}]
             if head:
                 groups.append({"params": list(head.values()), "lr": head_learning_rate})
             mixture.loss_before, mixture.loss_after = minimize(

@@ -14,7 +14,7 @@ from .checks import check_constants, check_mergeable
 from .groups import Granularity
 from .merge import keep_weights, merge_adapters
 from .objectives import Forward, Objective
-from .optimization import FunctionalLoss, minimize, seeded
+from .optimization import FunctionalLoss, check_numbers, minimize, seeded
 from .scalings import scalings_over
 from .state import adapter_used, tuner_of
 from .weights import MergeWeights
@@ -30,7 +30,7 @@ def learn_merge_weights(
     objective: Union[str, Objective] = "labels",
     forward: Optional[Forward] = None,
     steps: int = 20,
-    learning_rate: float = 0.03,
+    learning_rate: float = 0.1,
     seed: int = 0,
     progress: bool = True,
 ) -> MergeWeights:
@@ -58,7 +58,7 @@ def learn_merge_weights(
             returned and the labels, as `gaussian_likelihood`.
         forward (`Optional[Callable]`): A function of base model and batch; the logits of its images if `None`.
         steps (`int`): Updates, one a batch.
-        learning_rate (`float`): Of Adam at the start; falls to zero by a cosine.
+        learning_rate (`float`): Of Adam at the start, in units of `1 / T`; falls to zero by a cosine.
         seed (`int`): Of what `batches` draws; the random state outside is left alone.
         progress (`bool`): Whether to show a progress bar.
 
@@ -77,6 +77,7 @@ def learn_merge_weights(
         >>> print(weights)
         ```
     """
+    check_numbers(steps, learning_rate)
     base = adapted_base(model)
     loss = FunctionalLoss(base, objective, forward)
     simplex = objective == "entropy" if simplex is None else simplex
@@ -90,7 +91,7 @@ def learn_merge_weights(
         def loss_of(batch: Any) -> Tensor:
             return loss.of({names[key]: tensor for key, tensor in weights.combine(stacked).items()}, batch)
 
-        groups = [{"params": [weights.values], "lr": learning_rate}]
+        groups = [{"params": [weights.values], "lr": weights.step_length(learning_rate)}]
         weights.loss_before, weights.loss_after = minimize(loss_of, groups, batches, steps, progress)
         with torch.no_grad():
             set_adapter_tensors(model, adapter_name, weights.combine(stacked))

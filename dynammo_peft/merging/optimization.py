@@ -74,17 +74,15 @@ def minimize(
         `tuple[float, float]`: Mean loss of the first batches (at most `EVALUATION_BATCHES`) before and after.
 
     Raises:
-        ValueError: If the steps or a learning rate are no usable numbers, there are no batches or they can be read but
-            once, or the loss is not finite or does not depend on the parameters.
+        ValueError: If there are no batches or they can be read but once, or the loss is not finite or does not depend
+            on the parameters.
     """
-    _check_numbers(steps, [group["lr"] for group in parameters])
     if iter(batches) is batches:
         raise ValueError(READ_ONCE)
     probe = list(islice(batches, EVALUATION_BATCHES))
     if not probe:
         raise ValueError("batches holds no batch; give at least one.")
     leaves = [parameter for group in parameters for parameter in group["params"]]
-    rates = ", ".join(f"{group['lr']:g}" for group in parameters)
     optimizer = torch.optim.Adam(parameters)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     before = _mean_loss(loss_of, probe)
@@ -97,7 +95,7 @@ def minimize(
             if not loss.requires_grad:
                 raise ValueError("The loss does not depend on the merge weights; let forward use the model given.")
             if not math.isfinite(loss.item()):
-                raise ValueError(f"The loss is {loss.item()} at step {step + 1}; lower the learning rate ({rates}).")
+                raise ValueError(f"The loss is {loss.item()} at step {step + 1}; lower the learning rate.")
             # Not `backward`: nothing else shall get a gradient.
             for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True)):
                 leaf.grad = gradient
@@ -106,11 +104,12 @@ def minimize(
             bar.update()
     after = _mean_loss(loss_of, probe)
     if not math.isfinite(after):
-        raise ValueError(f"The loss is {after} after {steps} steps; lower the learning rate ({rates}).")
+        raise ValueError(f"The loss is {after} after {steps} steps; lower the learning rate.")
     return before, after
 
 
-def _check_numbers(steps: int, rates: Sequence[float]) -> None:
+def check_numbers(steps: int, *rates: float) -> None:
+    """Raises a `ValueError` unless steps and learning rates are usable."""
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps={steps!r} must be an integer, and not negative.")
     for rate in rates:

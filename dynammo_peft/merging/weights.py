@@ -31,6 +31,7 @@ class MergeWeights(nn.Module):
             LoRA does: scaling of each adapter over that of the merged one, `(T,)`.
 
     Attributes:
+        values (`nn.Parameter`): The weights `(T, number a task)`, or their logits on the simplex.
         loss_before (`Optional[float]`): The objective with uniform weights, where they were learned.
         loss_after (`Optional[float]`): The objective with these weights.
     """
@@ -172,10 +173,14 @@ class MergeWeights(nn.Module):
                 raise ValueError(f"Adapter {name!r} has no tensor {missing!r}; all adapters must have the same.")
         return {key: torch.stack([tensors[key].detach() for tensors in adapters]) for key in self.slots}
 
+    def step_length(self, learning_rate: float) -> float:
+        """How far Adam shall move `values` for a learning rate in units of `1 / T`, the equal weight."""
+        # Adam's steps are as long as its rate: what is little for two adapters would be all for a hundred.
+        return learning_rate if self.simplex else learning_rate / len(self.adapters)
+
     def _mixture(self) -> Tensor:
         """All weights, `(T, number a task)`."""
-        # T times: a step on the parameters then moves weights as far as it moves free ones.
-        return (self.values * len(self.adapters)).softmax(dim=0) if self.simplex else self.values
+        return self.values.softmax(dim=0) if self.simplex else self.values
 
     def _weights_of(self, key: str, mixture: Tensor) -> Tensor:
         name = key
@@ -225,7 +230,7 @@ class MergeWeights(nn.Module):
         groups, mixture = read_groups(data)
         result = cls(data["adapters"], groups, data["granularity"], data["simplex"], slots, scalings)
         if result.simplex:
-            mixture = mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log() / len(result.adapters)
+            mixture = mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()
         with torch.no_grad():
             result.values.copy_(mixture)
         result.loss_before, result.loss_after = data.get("loss_before"), data.get("loss_after")

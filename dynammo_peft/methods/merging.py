@@ -52,7 +52,9 @@ class MergingArguments:
         },
     )
     weights_steps: int = field(default=20, metadata={"help": "Steps in which merge weights are learned."})
-    weights_learning_rate: float = field(default=0.03, metadata={"help": "Learning rate of merge weights."})
+    weights_learning_rate: float = field(
+        default=0.1, metadata={"help": "Learning rate of merge weights, as a share of equal ones."}
+    )
     weights_simplex: Optional[bool] = field(
         default=None,
         metadata={"help": "Keep learned merge weights positive and their sum at one; if unset, for 'entropy' only."},
