@@ -2,6 +2,7 @@
 
     python benchmarks/merging.py                                   # everything; goes on where it was stopped
     python benchmarks/merging.py --backbones deit_tiny --sequences blood_cells --seeds 0 1 --rows acl paper default
+    python benchmarks/merging.py --data_dir IMAGES --seeds 0       # images of yours: IMAGES/{train,test}/<class>/
     python benchmarks/merging.py --report                          # the tables of what is there
 
 Rows of a backbone, sequence and seed start from the same adapters: stage 1 is trained once for all methods that have
@@ -49,7 +50,14 @@ MEMORY_FORMAT = {"resnet18": torch.channels_last}
 
 @dataclass(frozen=True)
 class Sequence:
-    """A sequence of tasks: data sets one after the other, each cut into tasks of its own."""
+    """A sequence of tasks: data sets one after the other, each cut into tasks of its own.
+
+    Args:
+        folders (`tuple[str, ...]`): Of the data sets, in `shared/data` or anywhere.
+        classes_per_task (`int`): Of each data set.
+        memory_size (`int`): Exemplars of all classes together.
+        options (`dict[str, Any]`): Of the scenario.
+    """
 
     folders: tuple[str, ...]
     classes_per_task: int
@@ -311,6 +319,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     parser.add_argument("--sequences", nargs="+", choices=SEQUENCES, default=list(SEQUENCES))
+    parser.add_argument("--data_dir", type=Path, help="Instead of the sequences: a folder with images of yours.")
+    parser.add_argument("--classes_per_task", type=int, default=2, help="Of data_dir.")
+    parser.add_argument("--memory_size", type=int, default=50, help="Exemplars of data_dir, of all classes together.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--core", action="store_true", help=f"The rows {', '.join(CORE)} only.")
@@ -318,6 +329,12 @@ def main() -> None:
     parser.add_argument("--validation_fraction", type=float, default=0.0)
     parser.add_argument("--report", action="store_true", help="Print the tables of the results so far.")
     args = parser.parse_args()
+    if args.data_dir is not None:
+        own = args.data_dir.resolve()
+        if own.name in SEQUENCES:
+            parser.error(f"results bear the name of data_dir, and {own.name!r} is another sequence; rename it.")
+        SEQUENCES[own.name] = Sequence((str(own),), args.classes_per_task, args.memory_size)
+        args.sequences = [own.name]
     out = RESULTS / ("merging_validation.jsonl" if args.validation_fraction else "merging.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     if not args.report:
