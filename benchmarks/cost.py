@@ -33,9 +33,9 @@ from dynammo_peft.merging import learn_merge_weights
 from dynammo_peft.merging.optimization import EVALUATION_BATCHES
 from dynammo_peft.methods import DynammoArguments
 from dynammo_peft.methods.acl import ACL
-from dynammo_peft.methods.adapters import heads_step
 from dynammo_peft.methods.analytic import linear_discriminant
 from dynammo_peft.methods.held_out import held_out_hits
+from dynammo_peft.methods.two_stage import heads_step
 from dynammo_peft.tuner.heads import heads_loss
 
 

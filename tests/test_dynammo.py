@@ -24,7 +24,7 @@ from dynammo_peft.merging import (
     diagonal_fisher,
 )
 from dynammo_peft.merging.registry import COMBINATIONS, merge_function
-from dynammo_peft.methods.adapters import TwoStageMethod
+from dynammo_peft.methods.two_stage import TwoStageMethod
 
 
 def arguments(**changes):

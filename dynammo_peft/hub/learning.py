@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from ..data import LabelledImages
 from ..methods import METHODS, Dynammo
-from ..methods.adapters import TwoStageMethod
 from ..methods.dynammo import MERGED
+from ..methods.two_stage import TwoStageMethod
 from .loading import find_file, from_pretrained, load_adapter
 
 

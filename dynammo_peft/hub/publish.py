@@ -14,8 +14,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from ..folders import replaced_folder
-from ..methods.adapters import TwoStageMethod
 from ..methods.offload import AdapterFolder
+from ..methods.two_stage import TwoStageMethod
 from ..tuner.head_config import HeadConfig, check_choice
 from .allowlist import ADAPTER_WEIGHTS, SUPERSEDED, publishable_files
 from .card import write_model_card

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from ..data import ClassIncrementalScenario, Task
 from ..tuner import HeadConfig
 from ..tuner.heads import score_heads
-from .adapters import AdapterMethodArguments, TwoStageMethod
+from .adapters import AdapterMethodArguments
 from .base import Stage
+from .two_stage import TwoStageMethod
 
 
 class SideBySide(nn.Module):

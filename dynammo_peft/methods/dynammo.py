@@ -15,7 +15,6 @@ from ..data import ClassIncrementalScenario, ClassStatistics, LabelledImages, Ta
 from ..tuner import HeadConfig
 from ..tuner.heads import set_class_logits
 from ..tuner.modes import adapter_instead
-from .adapters import TwoStageMethod, heads_step
 from .analytic import ANALYTIC_HEADS
 from .anchor import Anchor
 from .base import Stage
@@ -24,6 +23,7 @@ from .fallback import Fallback
 from .merging import Merging
 from .offload import AdapterFolder
 from .state import under
+from .two_stage import TwoStageMethod, heads_step
 
 
 MERGED = "merged"
