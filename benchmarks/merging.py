@@ -247,11 +247,11 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="Print the tables of the results so far.")
     args = parser.parse_args()
     if args.data_dir is not None:
-        own = args.data_dir.resolve()
-        if own.name in SEQUENCES:
-            parser.error(f"results bear the name of data_dir, and {own.name!r} is another sequence; rename it.")
-        SEQUENCES[own.name] = Sequence((str(own),), args.classes_per_task, args.memory_size)
-        args.sequences = [own.name]
+        folder, classes, memory = args.data_dir.resolve(), args.classes_per_task, args.memory_size
+        # Neither results nor adapters of other tasks are to be taken for these.
+        name = f"{folder.name}-classes_{classes}-memory_{memory}"
+        SEQUENCES[name] = Sequence((str(folder),), classes, memory)
+        args.sequences = [name]
     out = RESULTS / ("merging_validation.jsonl" if args.validation_fraction else "merging.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     if not args.report:

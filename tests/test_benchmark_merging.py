@@ -56,23 +56,21 @@ def test_rows_of_a_seed_share_adapters_and_are_run_once(benchmark, tmp_path):
     assert json.loads(out.read_text().splitlines()[0])["seed"] == 0
 
 
-def test_own_images_become_a_sequence(benchmark, tmp_path, monkeypatch, capsys):
+def test_own_images_become_a_sequence_for_each_division(benchmark, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
     (tmp_path / "data" / "tiny_imagenet_40").rename(tmp_path / "mine")
-    command = "merging.py --backbones deit_tiny --seeds 3 --rows default --epochs 1"
-    own = f"--data_dir {tmp_path / 'mine'} --classes_per_task 2 --memory_size 8"
-    monkeypatch.setattr(sys, "argv", f"{command} {own}".split())
-    benchmark.main()
-    (result,) = benchmark.read(tmp_path / "results" / "merging.jsonl")
-    assert (result["sequence"], result["seed"], result["row"]) == ("mine", 3, "default")
-    assert benchmark.SEQUENCES["mine"].memory_size == 8 and "mine, deit_tiny" in capsys.readouterr().out
-
-
-def test_own_images_must_not_bear_the_name_of_others(benchmark, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", f"merging.py --data_dir {tmp_path / 'blood_cells'}".split())
-    with pytest.raises(SystemExit):
+    for classes, tasks in ((1, 4), (2, 2)):
+        command = f"merging.py --data_dir {tmp_path / 'mine'} --classes_per_task {classes} --memory_size 8"
+        options = "--backbones deit_tiny --seeds 3 --rows default --epochs 1"
+        monkeypatch.setattr(sys, "argv", f"{command} {options}".split())
         benchmark.main()
-    assert "'blood_cells' is another sequence; rename it" in capsys.readouterr().err
+        result = benchmark.read(tmp_path / "results" / "merging.jsonl")[-1]
+        name = f"mine-classes_{classes}-memory_8"
+        assert (result["sequence"], result["seed"], result["row"]) == (name, 3, "default")
+        assert f"{name}, deit_tiny" in capsys.readouterr().out
+        # An adapter a task, of a sequence's own.
+        trained = (tmp_path / "results" / "adapters" / "test").glob(f"deit_tiny-{name}-*/*.safetensors")
+        assert len([*trained]) == tasks
 
 
 def line(row, seed, last, average, backbone="a"):
