@@ -225,12 +225,21 @@ def test_heads_that_are_not_linear_do_not_fold():
     assert model(pixel_values=tiny_images("vit")).logits.shape == (2, 5)
 
 
-def test_nothing_is_folded_for_a_while():
-    model, images = two_tasks(), tiny_images("vit")
-    before = model(pixel_values=images).logits
-    with pytest.raises(NotImplementedError, match="merge_and_unload"):
-        model.merge_adapter()
-    assert torch.equal(model(pixel_values=images).logits, before)
+@pytest.mark.parametrize("name, feature_modules", [("vit", None), ("resnet_basic", None), ("vit", [])])
+def test_lora_is_in_the_weights_for_a_while(name, feature_modules):
+    model, images = two_tasks(name, feature_modules=feature_modules), tiny_images(name)
+    keys, before = list(model.state_dict()), model(pixel_values=images).logits
+    apart = dp.forward_cost(model, lambda: model(pixel_values=images)).flops
+    with model.disable_adapter():
+        base = dp.forward_cost(model, lambda: model(pixel_values=images)).flops
+    model.merge_adapter()
+    torch.testing.assert_close(model(pixel_values=images).logits, before, rtol=1e-4, atol=1e-5)
+    folded = dp.forward_cost(model, lambda: model(pixel_values=images)).flops
+    # What is left are the heads, which read little.
+    assert base <= folded < base + (apart - base) / 2
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(pixel_values=images).logits, before, rtol=1e-4, atol=1e-5)
+    assert list(model.state_dict()) == keys
 
 
 def test_regmean_measures_what_enters_the_factors(scenario):

@@ -166,6 +166,12 @@ class DynammoHead(WrappingLayer):
                 "end, so heads cannot take its place."
             )
 
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """Nothing: heads stand beside the backbone, whose weights take up adapters only."""
+
+    def unmerge(self) -> None:
+        """Nothing, as for `merge`."""
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: Optional[list[str]]
     ) -> nn.Module:

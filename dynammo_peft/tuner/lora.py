@@ -151,14 +151,17 @@ class DynammoLoraModel(HeadTuner, LoraModel):
             layer.lora_A[merged].weight.copy_(torch.cat(downs, dim=0))
             layer.lora_B[merged].weight.copy_(torch.cat([layer.lora_B[name].weight for name in adapters], dim=1))
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        if self.head is not None:
-            self.head.check_folds()
+    def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
+        """
+        Adds LoRA to the backbone's weights, so that a forward pass costs what the base model's does.
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        # Before anything is touched: the heads cannot be folded and taken out again.
-        raise NotImplementedError("Heads cannot be folded for a while; use `merge_and_unload`, on a copy if need be.")
+        The heads stay beside the backbone, whatever they read. `unmerge_adapter` takes LoRA out again.
+
+        Args:
+            adapter_names (`Optional[list[str]]`): Of which adapters; the active ones if `None`.
+            safe_merge (`bool`): Look for NaN first.
+        """
+        super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The base model with the active adapter in its weights and its heads as the classifier.
@@ -170,7 +173,9 @@ class DynammoLoraModel(HeadTuner, LoraModel):
         Raises:
             ValueError: If heads read more than what enters the classifier, or are no linear classifier together.
         """
-        self._check_merge_allowed()
+        # Before anything is touched.
+        if self.head is not None:
+            self.head.check_folds()
         names = [name for adapter in self.active_adapters for name in self.peft_config[adapter].class_names]
         self._detach()
         plain = super().merge_and_unload(*args, **kwargs)
