@@ -1,5 +1,6 @@
 """Learned merge weights, against merges worked out in plain torch and weights that were planted."""
 
+import copy
 import itertools
 import json
 import math
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from tiny import tiny_images, tiny_model
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -284,6 +286,60 @@ def test_planted_weights_are_found(method, granularity, simplex, steps):
         return
     for group in planted.groups:
         torch.testing.assert_close(weights(group.name), planted(group.name), atol=0.03, rtol=0)
+
+
+def updates(model, adapter):
+    """What LoRA adds to each layer's weight."""
+    layers = {key: module for key, module in adapted_base(model).named_modules() if isinstance(module, LoraLayer)}
+    return {key: module.get_delta_weight(adapter).detach() for key, module in layers.items()}
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_side_by_side_weights_start_at_the_mean_of_the_updates(granularity):
+    model = adapted("lora")
+    options = {"granularity": granularity, "combination_type": "cat", "steps": 0, "progress": False}
+    learn_merge_weights(model, TASKS, labelled("lora"), **options)
+    own = [updates(model, name) for name in TASKS]
+    for key, merged in updates(model, "merged").items():
+        torch.testing.assert_close(merged, sum(part[key] for part in own) / 3)
+
+
+@pytest.mark.parametrize("granularity", ["task", "layer"])
+def test_planted_weights_of_updates_are_found(granularity, tmp_path):
+    model, images = adapted("lora"), images_of("lora", 8)
+    slots = adapter_slots(model, TASKS[0])
+    tensors = adapter_tensors(model, TASKS[0])
+    planted = random_weights(MergeWeights.for_slots(TASKS, slots, tensors, granularity), signs=False)
+    with torch.no_grad():
+        planted.values /= planted.values.sum(dim=0)
+    base = copy.deepcopy(adapted_base(model))
+    # The target has no adapter: the updates are in its weights.
+    for key, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            weights = planted(key).detach()
+            for weight, name in zip(weights, TASKS):
+                module.base_layer.weight.data += weight * module.get_delta_weight(name).detach()
+            module.enable_adapters(False)
+    with torch.no_grad():
+        batches = [(images, hidden_states(base, (images,)))]
+    options = {"objective": relative_error, "forward": hidden_states, "steps": 120, "learning_rate": 0.15}
+    weights = learn_merge_weights(
+        model, TASKS, batches, "merged", granularity, combination_type="cat", progress=False, **options
+    )
+    assert weights.loss_after < 1e-3 * weights.loss_before
+    for group in planted.groups:
+        torch.testing.assert_close(weights(group.name), planted(group.name), atol=0.03, rtol=0)
+    weights.save_pretrained(tmp_path)
+    merge_adapters(model, TASKS, MergeWeights.from_pretrained(tmp_path), "again", combination_type="cat")
+    found, expected = own_tensors(model, "again"), own_tensors(model, "merged")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    with pytest.raises(ValueError, match="combination_type='cat', got 'linear'; choose theirs"):
+        merge_adapters(model, TASKS, weights, "again")
+
+
+def test_only_lora_is_placed_side_by_side():
+    with pytest.raises(ValueError, match="'task_000' is of peft_type 'IA3'; choose 'linear'"):
+        merge_adapters(adapted("ia3"), TASKS, combination_type="cat")
 
 
 def test_planted_channel_weights_are_found():
@@ -825,8 +881,13 @@ def test_plot_without_matplotlib(tmp_path, monkeypatch):
         ({"adapters": ["task_000", "nobody"]}, "'nobody' does not exist.*task_000, task_001, task_002"),
         ({"adapters": ["task_000", "wide"]}, "'task_000' and 'wide' differ in r .2 and 4"),
         ({"adapter_name": "task_001"}, "'task_001' cannot be merged into itself"),
-        ({"adapter_name": "wide"}, "'wide' cannot be filled from 'task_000'.*lora_A.weight.*4, 32.*2, 32"),
+        (
+            {"adapter_name": "wide"},
+            "'wide' cannot be filled from 'task_000'.*lora_A.weight.*4, 32.*their merge .2, 32",
+        ),
         ({"granularity": "kernel"}, "granularity='kernel'.*'task', 'layer', 'channel'"),
+        ({"combination_type": "ties"}, "combination_type='ties'.*'linear', 'cat'"),
+        ({"combination_type": "cat", "adapter_name": "wide"}, "'wide' cannot be filled .*4, 32.*their merge .6, 32"),
         ({"objective": "accuracy"}, "objective='accuracy'.*'labels', 'entropy'"),
         ({"batches": []}, "batches holds no batch"),
         ({"batches": iter(labelled("lora"))}, "batches can be read only once"),

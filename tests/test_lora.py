@@ -283,9 +283,29 @@ def test_regmean_is_for_all_with_linear_layers(name, targets):
     assert method.config.target_modules == targets
 
 
-def test_learned_weights_are_refused():
-    arguments = dp.DynammoArguments(learned_weights="task")
-    with pytest.raises(ValueError, match="merge='linear', got merge='cat', the only exact one"):
+def test_learned_weights_are_of_the_updates(scenario):
+    options = {"weights_objective": "entropy", "weights_simplex": False, "weights_steps": 3, "fall_back": False}
+    options |= {"heads": "gaussians", "weights_learning_rate": 0.5, "memory_size": 9, "adapter_epochs": 1}
+    arguments = dp.DynammoArguments(learned_weights="layer", **options)
+    method = dp.Dynammo(tiny_model("vit"), arguments, DynammoLoraConfig(r=2))
+    dp.Learner(method, progress=False).fit(scenario)
+    names = ["task_000", "task_001", "task_002"]
+    weights = MergeWeights.from_dict(method.model.peft_config["merged"].merge_weights)
+    assert weights.combination_type == "cat"
+    for key, module in method.model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            own = [weight * module.get_delta_weight(name) for weight, name in zip(weights(key), names)]
+            torch.testing.assert_close(module.get_delta_weight("merged"), sum(own), rtol=1e-4, atol=1e-7)
+            assert not torch.allclose(weights(key), torch.full((3,), 1 / 3), atol=1e-3)
+    method.model.add_weighted_adapter(names, weights, "again")
+    expected, found = adapter_tensors(method.model, "merged"), adapter_tensors(method.model, "again")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert method.model.peft_config["again"].merge_weights == weights.as_dict()
+
+
+def test_learned_weights_are_of_a_weighted_sum():
+    arguments = dp.DynammoArguments(learned_weights="task", merge="uniform")
+    with pytest.raises(ValueError, match="merge='linear' .of LoRA also 'cat'., got merge='uniform'"):
         dp.Dynammo(tiny_model("vit"), arguments, DynammoLoraConfig())
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from peft.tuners.lora import LoraModel
 
 from .adapters import AdaptedModel, Slot, adapter_layers, adapter_slots, adapter_tensors
 from .state import tuner_of
@@ -38,6 +39,30 @@ def create_adapter(model: AdaptedModel, adapters: list[str], adapter_name: str) 
             if isinstance(container, torch.nn.ModuleDict) and adapter_name in container:
                 # PEFT's new modules are in training mode, also in a model in evaluation mode.
                 container[adapter_name].train(layer.training)
+
+
+def create_concatenated(
+    model: AdaptedModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+) -> None:
+    """Adds an adapter with LoRA's factors of others side by side, whose update is the weighted sum of theirs.
+
+    Args:
+        model (`Union[PeftModel, BaseTuner]`): A model with adapters.
+        adapters (`Sequence[str]`): Names of the adapters that are merged.
+        weights (`Sequence[float]`): A weight for each.
+        adapter_name (`str`): Name of the new adapter, of which there is none yet.
+
+    Raises:
+        ValueError: If the adapters are no LoRA.
+    """
+    tuner = tuner_of(model)
+    if not isinstance(tuner, LoraModel):
+        kind = tuner.peft_config[adapters[0]].peft_type.value
+        raise ValueError(
+            f"combination_type='cat' places the factors of LoRA side by side, and adapter {adapters[0]!r} is of "
+            f"peft_type {kind!r}; choose 'linear'."
+        )
+    tuner.add_weighted_adapter(list(adapters), list(weights), adapter_name, combination_type="cat")
 
 
 def check_made(model: AdaptedModel, slots: Mapping[str, Slot], adapter_name: str) -> None:

@@ -9,7 +9,15 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from .adapters import AdaptedModel, adapted_base, adapter_slots, adapter_tensors, set_adapter_tensors
+from .adapters import (
+    AdaptedModel,
+    AdapterTensors,
+    adapted_base,
+    adapter_slots,
+    adapter_tensors,
+    set_adapter_tensors,
+    tensors_of_adapters,
+)
 from .checks import check_constants, check_mergeable
 from .groups import Granularity
 from .merge import keep_weights, merge_adapters
@@ -17,7 +25,8 @@ from .objectives import Forward, Objective
 from .optimization import FunctionalLoss, check_numbers, minimize, seeded
 from .scalings import scalings_over
 from .state import adapter_used, tuner_of
-from .weights import MergeWeights
+from .weighted_sums import WeightedCombination
+from .weights import MergeWeights, check_weighted
 
 
 def learn_merge_weights(
@@ -32,6 +41,7 @@ def learn_merge_weights(
     steps: int = 20,
     learning_rate: float = 0.1,
     seed: int = 0,
+    combination_type: WeightedCombination = "linear",
     progress: bool = True,
 ) -> MergeWeights:
     """
@@ -39,10 +49,10 @@ def learn_merge_weights(
 
     Only the weights are trained, by Adam through the forward of the merged adapter in evaluation mode (Yang et al.
     2024, "AdaMerging", https://arxiv.org/abs/2310.02575, for layers; Almakky et al. 2024, "MedMerge",
-    https://arxiv.org/abs/2403.11646, for channels). They start at `1 / T`, which is the mean of the adapters but for
-    LoRA: there it is what `merge_adapters` makes of such weights. The more weights there are, the more images they
-    need. Heads of DynaMMo adapters are not merged and stay as they are. What is active, trained and in which mode is
-    as before.
+    https://arxiv.org/abs/2403.11646, for channels). They start at `1 / T`, which is the mean of the adapters; of LoRA
+    with `"cat"` only, otherwise it is what `merge_adapters` makes of such weights. The more weights there are, the
+    more images they need. Heads of DynaMMo adapters are not merged and stay as they are. What is active, trained and
+    in which mode is as before.
 
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters of any PEFT method.
@@ -60,6 +70,8 @@ def learn_merge_weights(
         steps (`int`): Updates, one a batch.
         learning_rate (`float`): Of Adam at the start, in units of `1 / T`; falls to zero by a cosine.
         seed (`int`): Of what `batches` draws; the random state outside is left alone.
+        combination_type (`Literal["linear", "cat"]`): `"cat"`, of LoRA: its factors are placed side by side, so that
+            the update itself is the weighted sum of the adapters' own, at T times the rank.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
@@ -78,14 +90,21 @@ def learn_merge_weights(
         ```
     """
     check_numbers(steps, learning_rate)
+    check_weighted(combination_type)
     base = adapted_base(model)
     loss = FunctionalLoss(base, objective, forward)
     simplex = objective == "entropy" if simplex is None else simplex
-    with seeded(base, seed), _merged_adapter(model, adapters, adapter_name), adapter_used(model, adapter_name):
+    with (
+        seeded(base, seed),
+        _merged_adapter(model, adapters, adapter_name, combination_type),
+        adapter_used(model, adapter_name),
+    ):
         # Backward shall pass by all but the merge weights; `adapter_used` puts this back.
         model.requires_grad_(False)
-        weights = adapter_merge_weights(model, adapters, adapter_name, granularity, simplex)
-        stacked = weights.stack([adapter_tensors(model, name) for name in adapters])
+        weights = adapter_merge_weights(model, adapters, adapter_name, granularity, simplex, combination_type)
+        stacked = weights.stack(tensors_of_adapters(model, adapters))
+        with torch.no_grad():
+            _check_fits(weights.combine(stacked), adapter_tensors(model, adapter_name), adapters, adapter_name)
         names = {key: slot.name(adapter_name) for key, slot in weights.slots.items()}
 
         def loss_of(batch: Any) -> Tensor:
@@ -105,6 +124,7 @@ def adapter_merge_weights(
     adapter_name: str = "merged",
     granularity: Granularity = "layer",
     simplex: bool = False,
+    combination_type: WeightedCombination = "linear",
 ) -> MergeWeights:
     """Uniform merge weights for adapters of a model, on its device.
 
@@ -114,40 +134,39 @@ def adapter_merge_weights(
         adapter_name (`str`): The adapter that the merge is for.
         granularity (`Literal["task", "layer", "channel"]`): What has weights of its own.
         simplex (`bool`): Whether weights are positive and sum to one over the adapters.
+        combination_type (`Literal["linear", "cat"]`): How LoRA's factors are combined.
 
     Raises:
-        ValueError: If an adapter or the granularity does not exist.
+        ValueError: If an adapter, the granularity or the combination does not exist.
     """
-    slots, tensors = adapter_slots(model, adapter_name), adapter_tensors(model, adapter_name)
+    slots, tensors = adapter_slots(model, adapters[0]), adapter_tensors(model, adapters[0])
     scalings = scalings_over(model, slots, adapters, adapter_name)
-    weights = MergeWeights.for_slots(adapters, slots, tensors, granularity, simplex, scalings)
+    weights = MergeWeights.for_slots(adapters, slots, tensors, granularity, simplex, scalings, combination_type)
     return weights.to(next(iter(tensors.values())).device)
 
 
-def _check_alike(model: AdaptedModel, adapter: str, merged: str) -> None:
-    """Raises a `ValueError` unless both adapters have tensors of the same names and shapes."""
-    shapes = [
-        {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, name).items()}
-        for name in (adapter, merged)
-    ]
+def _check_fits(expected: AdapterTensors, own: AdapterTensors, adapters: Sequence[str], merged: str) -> None:
+    """Raises a `ValueError` unless the merge has tensors of the names and shapes that the merged adapter has."""
+    shapes = [{key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (expected, own)]
     for key in {**shapes[0], **shapes[1]}:
         if shapes[0].get(key) != shapes[1].get(key):
             raise ValueError(
-                f"Adapter {merged!r} cannot be filled from {adapter!r}: {key!r} has shape {shapes[1].get(key)} and "
-                f"{shapes[0].get(key)}. Delete it, or choose another adapter_name."
+                f"Adapter {merged!r} cannot be filled from {', '.join(map(repr, adapters))}: {key!r} has shape "
+                f"{shapes[1].get(key)}, their merge {shapes[0].get(key)}. Delete it, or choose another adapter_name."
             )
-    check_constants(model, [adapter, merged])
 
 
 @contextmanager
-def _merged_adapter(model: AdaptedModel, adapters: Sequence[str], adapter_name: str) -> Iterator[None]:
+def _merged_adapter(
+    model: AdaptedModel, adapters: Sequence[str], adapter_name: str, combination_type: WeightedCombination
+) -> Iterator[None]:
     """Makes the adapter to be filled unless it exists; takes a new one out again if something fails."""
     exists = adapter_name in model.peft_config
     if exists:
         check_mergeable(model, adapters, adapter_name)
-        _check_alike(model, adapters[0], adapter_name)
+        check_constants(model, [adapters[0], adapter_name])
     else:
-        merge_adapters(model, adapters, adapter_name=adapter_name)
+        merge_adapters(model, adapters, adapter_name=adapter_name, combination_type=combination_type)
     try:
         yield
     except BaseException:

@@ -17,10 +17,10 @@ from .adapters import (
     tensors_of_adapters,
 )
 from .checks import check_constants, check_mergeable
-from .creation import check_made, create_adapter
+from .creation import check_made, create_adapter, create_concatenated
 from .functions import average_statistics
-from .registry import MergeFunction, check_runs, find_combination
-from .scalings import SCALED, scalings_of
+from .registry import COMBINATIONS, MergeFunction, check_runs, find_combination
+from .scalings import SCALED, scalings_of, scalings_over
 from .state import adapter_replaced, tuner_of
 from .weights import MergeWeights
 
@@ -44,8 +44,8 @@ def merge_adapters(
     scalings `s_i`. With `"linear"` the merged update is `sum_ij sign(w_i) sqrt(|w_i s_i w_j s_j|) B_j A_i`: of each
     adapter its own update with its weight, `w_i s_i B_i A_i`, and products of one adapter's factor with another's.
     That is no mean: of `T` equal adapters with weights of `1 / T` it is `T` times their update. `"uniform"` takes the
-    mean of each factor, of equal adapters their update. The weighted sum of the updates alone is what `"cat"` of
-    `LoraModel` and `DynammoLoraModel` gives, at `T` times the rank.
+    mean of each factor, of equal adapters their update. The weighted sum of the updates alone is what `"cat"` gives,
+    as of `LoraModel`, at `T` times the rank.
 
     The new adapter has the first one's configuration and is frozen. It replaces an adapter of its name. What is
     active, trained and in training mode stays so. If anything fails, the model is as it was.
@@ -59,7 +59,7 @@ def merge_adapters(
             What replaces a tensor of the base model instead of being added to it (LN tuning, `modules_to_save`,
             DoRA's magnitudes, IA3's factors) is scaled by weights that do not sum to one.
         adapter_name (`str`): Name of the new adapter.
-        combination_type (`str`): A key of `COMBINATIONS`.
+        combination_type (`str`): A key of `COMBINATIONS`; or `"cat"`, of LoRA.
         options: Keyword-only arguments of that function, as `density`.
 
     Raises:
@@ -74,9 +74,16 @@ def merge_adapters(
         >>> model.set_adapter("merged")
         ```
     """
+    # Not at the top: the tuner imports this package.
+    from ..tuner.head_config import check_choice
+
+    check_choice("combination_type", combination_type, (*COMBINATIONS, "cat"))
+    adapters = list(adapters)
+    if combination_type == "cat":
+        _concatenate(model, adapters, weights, adapter_name, options)
+        return
     function = find_combination(combination_type)
     function.check_options(options)
-    adapters = list(adapters)
     check_mergeable(model, adapters, adapter_name)
     if isinstance(weights, MergeWeights):
         check_learned(weights, adapters, combination_type)
@@ -95,6 +102,33 @@ def merge_adapters(
             keep_weights(model, adapter_name, weights)
 
 
+def _concatenate(
+    model: AdaptedModel,
+    adapters: list[str],
+    weights: Optional[Union[Sequence[float], MergeWeights]],
+    adapter_name: str,
+    options: Mapping[str, Any],
+) -> None:
+    """Merges LoRA adapters by placing their factors side by side."""
+    # It has the weights and the options, none, of a weighted sum.
+    function = COMBINATIONS["linear"]
+    function.check_options(options)
+    check_mergeable(model, adapters, adapter_name)
+    learned = isinstance(weights, MergeWeights)
+    if learned:
+        check_learned(weights, adapters, "cat")
+    mixture = function.check_weights(None if learned else weights, len(adapters)).tolist()
+    with adapter_replaced(model, adapter_name, active_instead=adapters[0]):
+        create_concatenated(model, adapters, mixture, adapter_name)
+        if learned:
+            slots, tensors = adapter_slots(model, adapters[0]), tensors_of_adapters(model, adapters)
+            scalings = scalings_over(model, slots, adapters, adapter_name)
+            with torch.no_grad():
+                merged = weights.of_tensors(slots, tensors[0], scalings).combine(tensors)
+            set_adapter_tensors(model, adapter_name, merged)
+            keep_weights(model, adapter_name, weights)
+
+
 def keep_weights(model: AdaptedModel, adapter_name: str, weights: MergeWeights) -> None:
     """Writes merge weights into the configuration of the adapter that they made, if it has a field for them.
 
@@ -110,10 +144,10 @@ def keep_weights(model: AdaptedModel, adapter_name: str, weights: MergeWeights) 
 
 def check_learned(weights: MergeWeights, adapters: Sequence[str], combination_type: str) -> None:
     """Raises a `ValueError` unless merge weights are of these adapters and the merge is their weighted sum."""
-    if combination_type != "linear":
+    if combination_type != weights.combination_type:
         raise ValueError(
-            f"MergeWeights are those of combination_type='linear', got {combination_type!r}; give one weight an "
-            "adapter instead."
+            f"The merge weights are those of combination_type={weights.combination_type!r}, got "
+            f"{combination_type!r}; choose theirs, or give one weight an adapter."
         )
     if list(weights.adapters) != list(adapters):
         raise ValueError(

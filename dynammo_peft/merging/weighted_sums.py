@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Literal, Optional
 
 import torch
 from torch import Tensor
@@ -11,11 +11,20 @@ from .adapters import Slot
 from .groups import channel_dim
 
 
+# Of LoRA's factors: their sums, or side by side, so that the merged update is the weighted sum of the adapters' own.
+WeightedCombination = Literal["linear", "cat"]
+
 # Below this the root of a weight goes on as a straight line: its slope would grow without bound.
 ROOT_THRESHOLD = 1e-4
 
 
-def weighted_sum(slot: Slot, stacked: Tensor, weights: Tensor, scalings: Optional[Tensor] = None) -> Tensor:
+def weighted_sum(
+    slot: Slot,
+    stacked: Tensor,
+    weights: Tensor,
+    scalings: Optional[Tensor] = None,
+    combination_type: WeightedCombination = "linear",
+) -> Tensor:
     """Merges a tensor as its kind wants it; see [`MergeWeights.combine`].
 
     Args:
@@ -23,6 +32,8 @@ def weighted_sum(slot: Slot, stacked: Tensor, weights: Tensor, scalings: Optiona
         stacked (`Tensor`): The adapters' tensors, `(T, ...)`.
         weights (`Tensor`): One for each adapter, `(T,)`, or also for each output channel, `(T, channels)`.
         scalings (`Optional[Tensor]`): Scaling of each adapter over that of the merged one, `(T,)`; none if `None`.
+        combination_type (`Literal["linear", "cat"]`): `"cat"`: LoRA's factors stay apart, `(T r, ...)` and
+            `(C_out, T r, ...)`.
     """
     if slot.kind == "constant":
         return stacked[0]
@@ -41,8 +52,14 @@ def weighted_sum(slot: Slot, stacked: Tensor, weights: Tensor, scalings: Optiona
         # The sign must be on one side only.
         weights = weights if slot.kind == "factor_a" else weights.abs()
     weights = weights.to(stacked.dtype)
+    side_by_side = combination_type == "cat" and slot.kind in ("factor_a", "factor_b")
+    if weights.dim() == 1 and not side_by_side:
+        return torch.tensordot(weights, stacked, dims=1)
+    shape = [1] * stacked.dim()
+    shape[0] = len(weights)
     if weights.dim() == 2:
-        shape = [1] * stacked.dim()
-        shape[0], shape[1 + channel_dim(slot, stacked[0])] = weights.shape
-        return (weights.reshape(shape) * stacked).sum(dim=0)
-    return torch.tensordot(weights, stacked, dims=1)
+        shape[1 + channel_dim(slot, stacked[0])] = weights.shape[1]
+    weighted = weights.reshape(shape) * stacked
+    if side_by_side:
+        return torch.cat(tuple(weighted), dim=0 if slot.kind == "factor_a" else 1)
+    return weighted.sum(dim=0)

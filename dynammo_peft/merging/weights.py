@@ -14,7 +14,7 @@ from .adapters import AdapterTensors, Slot
 from .groups import Granularity, WeightGroup, check_granularity, weight_groups
 from .weight_files import find_weights, read_groups, write_weights
 from .weight_tables import draw_table, table_of
-from .weighted_sums import weighted_sum
+from .weighted_sums import WeightedCombination, weighted_sum
 
 
 class MergeWeights(nn.Module):
@@ -29,6 +29,8 @@ class MergeWeights(nn.Module):
         slots (`Optional[Mapping[str, Slot]]`): The tensors that `combine` merges.
         scalings (`Optional[Mapping[str, Tensor]]`): By key, for what a layer multiplies by the adapter's scaling as
             LoRA does: scaling of each adapter over that of the merged one, `(T,)`.
+        combination_type (`Literal["linear", "cat"]`): `"cat"`: LoRA's factors are placed side by side, so that the
+            update itself is the sum, at T times the rank.
 
     Attributes:
         values (`nn.Parameter`): The weights `(T, number a task)`, or their logits on the simplex.
@@ -44,9 +46,11 @@ class MergeWeights(nn.Module):
         simplex: bool = False,
         slots: Optional[Mapping[str, Slot]] = None,
         scalings: Optional[Mapping[str, Tensor]] = None,
+        combination_type: WeightedCombination = "linear",
     ) -> None:
         super().__init__()
         check_granularity(granularity)
+        check_weighted(combination_type)
         if not adapters:
             raise ValueError("No adapters to merge; name at least one.")
         self.adapters = tuple(adapters)
@@ -55,6 +59,7 @@ class MergeWeights(nn.Module):
         self.simplex = simplex
         self.slots = dict(slots or {})
         self.scalings = dict(scalings or {})
+        self.combination_type = combination_type
         self.loss_before: Optional[float] = None
         self.loss_after: Optional[float] = None
         self._columns: dict[str, slice] = {}
@@ -76,6 +81,7 @@ class MergeWeights(nn.Module):
         granularity: Granularity = "layer",
         simplex: bool = False,
         scalings: Optional[Mapping[str, Tensor]] = None,
+        combination_type: WeightedCombination = "linear",
     ) -> MergeWeights:
         """Uniform weights for the given tensors.
 
@@ -88,12 +94,14 @@ class MergeWeights(nn.Module):
                 of a layer and output channel (MedMerge, Almakky et al. 2024: the weight of a kernel).
             simplex (`bool`): Whether weights are positive and sum to one over the adapters.
             scalings (`Optional[Mapping[str, Tensor]]`): As the class takes them.
+            combination_type (`Literal["linear", "cat"]`): As the class takes it.
 
         Raises:
-            ValueError: If the granularity does not exist, or there is no adapter.
+            ValueError: If the granularity or the combination does not exist, or there is no adapter.
         """
         check_granularity(granularity)
-        return cls(adapters, weight_groups(slots, tensors, granularity), granularity, simplex, slots, scalings)
+        groups = weight_groups(slots, tensors, granularity)
+        return cls(adapters, groups, granularity, simplex, slots, scalings, combination_type)
 
     def of_tensors(
         self, slots: Mapping[str, Slot], tensors: AdapterTensors, scalings: Optional[Mapping[str, Tensor]] = None
@@ -117,7 +125,8 @@ class MergeWeights(nn.Module):
                     f"The merge weights do not fit the adapters: of {name!r} they have {channels}, the adapters need "
                     f"{needed}. Load the model and adapters for which the weights were learned."
                 )
-        result = MergeWeights(self.adapters, self.groups, self.granularity, self.simplex, slots, scalings)
+        own_kind = (self.granularity, self.simplex, slots, scalings, self.combination_type)
+        result = MergeWeights(self.adapters, self.groups, *own_kind)
         with torch.no_grad():
             result.values.copy_(self.values)
         result.loss_before, result.loss_after = self.loss_before, self.loss_after
@@ -140,9 +149,9 @@ class MergeWeights(nn.Module):
 
         Parameters are summed with their weights. LoRA's factors take the root of the weight each, so that in their
         product an adapter's own update has its weight, beside products of different adapters' factors, as
-        `LoraModel.add_weighted_adapter` has it (the formula is at `merge_adapters`). Running statistics are averaged
-        with the weights' absolute values, normalised to one and without gradient. Integer ones are added up; constants
-        are the first adapter's.
+        `LoraModel.add_weighted_adapter` has it (the formula is at `merge_adapters`); with `"cat"` without those.
+        Running statistics are averaged with the weights' absolute values, normalised to one and without gradient.
+        Integer ones are added up; constants are the first adapter's.
 
         Args:
             adapters (`Union[Sequence[dict[str, Tensor]], dict[str, Tensor]]`): The tensors of each adapter by key, or
@@ -157,7 +166,9 @@ class MergeWeights(nn.Module):
         stacked = adapters if isinstance(adapters, Mapping) else self.stack(adapters)
         mixture = self._mixture()
         return {
-            key: weighted_sum(slot, stacked[key], self._weights_of(key, mixture), self.scalings.get(key))
+            key: weighted_sum(
+                slot, stacked[key], self._weights_of(key, mixture), self.scalings.get(key), self.combination_type
+            )
             for key, slot in self.slots.items()
         }
 
@@ -203,6 +214,7 @@ class MergeWeights(nn.Module):
             "adapters": list(self.adapters),
             "granularity": self.granularity,
             "simplex": self.simplex,
+            "combination_type": self.combination_type,
             "loss_before": self.loss_before,
             "loss_after": self.loss_after,
             "groups": groups,
@@ -228,7 +240,9 @@ class MergeWeights(nn.Module):
             ValueError: If something is missing, or weights are no finite numbers or not as many as the adapters.
         """
         groups, mixture = read_groups(data)
-        result = cls(data["adapters"], groups, data["granularity"], data["simplex"], slots, scalings)
+        # Weights that were saved before there was a choice do not have it.
+        kind = (data["granularity"], data["simplex"], slots, scalings, data.get("combination_type", "linear"))
+        result = cls(data["adapters"], groups, *kind)
         if result.simplex:
             mixture = mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()
         with torch.no_grad():
@@ -291,6 +305,14 @@ class MergeWeights(nn.Module):
             ImportError: If matplotlib is not installed.
         """
         draw_table(self.layer_means(), self.adapters, path)
+
+
+def check_weighted(combination_type: str) -> None:
+    """Raises a `ValueError` unless merge weights can be those of this combination."""
+    # Not at the top: the tuner imports this package.
+    from ..tuner.head_config import check_choice
+
+    check_choice("combination_type", combination_type, WeightedCombination)
 
 
 def _counted(channels: Optional[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
@@ -15,6 +16,7 @@ from ..data import ClassStatistics, LabelledImages, Task, data_loader
 from ..merging import adapter_tensors, gaussian_likelihood, learn_merge_weights, merge_into
 from ..merging.recalibration import recalibrate
 from ..merging.registry import COMBINATIONS, check_runs
+from ..merging.weighted_sums import WeightedCombination
 from ..tuner.head_config import check_choice
 from .adapters import AdapterMethod
 from .analytic import regularised
@@ -117,10 +119,10 @@ class Merging:
         check_choice("weights_objective", self.arguments.weights_objective, Objective)
         if not isinstance(rate, (int, float)) or not math.isfinite(rate) or rate <= 0:
             raise ValueError(f"weights_learning_rate={rate!r} must be a finite number, greater than 0.")
-        if self.arguments.learns and self.combination_type != "linear":
+        if self.arguments.learns and self.combination_type not in typing.get_args(WeightedCombination):
             raise ValueError(
-                f"learned_weights are those of merge='linear', got merge={self.combination_type!r}"
-                + (", the only exact one for this adapter." if self.arguments.merge is None else ".")
+                "learned_weights are those of merge='linear' (of LoRA also 'cat'), got "
+                f"merge={self.combination_type!r}."
             )
 
     def _check_offload(self) -> None:
@@ -216,6 +218,7 @@ class Merging:
                 steps=arguments.weights_steps,
                 learning_rate=arguments.weights_learning_rate,
                 seed=arguments.seed,
+                combination_type=self.combination_type,
                 progress=False,
                 **settings,
             )

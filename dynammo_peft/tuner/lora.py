@@ -12,7 +12,6 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from ..merging import MergeWeights, merge_adapters
-from ..merging.merge import check_learned
 from ..merging.registry import COMBINATIONS
 from ..merging.state import adapter_replaced
 from .architectures import ARCHITECTURES
@@ -110,7 +109,7 @@ class DynammoLoraModel(HeadTuner, LoraModel):
         Args:
             adapters (`list[str]`): Names of the adapters, in the order in which their classes shall stand.
             weights (`Union[list[float], MergeWeights]`, *optional*):
-                A weight for each, 1 / T if `None`; or learned ones, with `combination_type="linear"`.
+                A weight for each, 1 / T if `None`; or learned ones.
             adapter_name (`str`): Name of the new adapter, defaults to `"merged"`.
             combination_type (`str`):
                 `"cat"`: the weighted sum of what the adapters add to the base weights, exactly; the rank grows with
@@ -123,12 +122,10 @@ class DynammoLoraModel(HeadTuner, LoraModel):
                 are unusable, or the combination type or an option does not exist.
         """
         check_choice("combination_type", combination_type, ("cat", *COMBINATIONS))
-        if combination_type != "cat":
+        if combination_type != "cat" or isinstance(weights, MergeWeights):
             merge_adapters(self, adapters, weights, adapter_name, combination_type, **options)
             return
         COMBINATIONS["linear"].check_options(options)
-        if isinstance(weights, MergeWeights):
-            check_learned(weights, adapters, combination_type)
         self.check_mergeable(adapters, adapter_name)
         mixture = COMBINATIONS["linear"].check_weights(weights, len(adapters))
         with adapter_replaced(self, adapter_name, active_instead=adapters[0]):
