@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 import torch
 import transformers
@@ -23,8 +23,9 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
+from backbone import ModelArguments, adapter_config, choose_adapter, load_model
 from publishing import HubArguments, check_publishing, publish, without_hub
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
+from transformers import HfArgumentParser
 
 import dynammo_peft
 from dynammo_peft import (
@@ -32,18 +33,14 @@ from dynammo_peft import (
     CheckpointError,
     Checkpoints,
     ClassIncrementalScenario,
-    DynammoConfig,
-    DynammoLoraConfig,
     Learner,
     Method,
     Results,
     Task,
 )
-from dynammo_peft.data import load_image_dataset, resized_image_processor
+from dynammo_peft.data import load_image_dataset
 from dynammo_peft.hub import check_can_push, save_model
 from dynammo_peft.training.sharded import set_up_sharding
-from dynammo_peft.tuner.flips import Flip
-from dynammo_peft.tuner.head_config import HeadConfig, Preset, Scoring
 
 
 logger = logging.getLogger("class_incremental")
@@ -76,49 +73,6 @@ class RunArguments(HubArguments):
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches whose gradients are added up."})
     report_to: list[str] = field(
         default_factory=list, metadata={"help": "Trackers of Accelerate, as 'tensorboard' or 'wandb'."}
-    )
-
-
-@dataclass
-class ModelArguments:
-    """The backbone and its adapters."""
-
-    model_name_or_path: Optional[str] = field(
-        default=None, metadata={"help": "Pretrained image classifier, on the Hub or in a folder."}
-    )
-    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    model_type: Optional[str] = field(
-        default=None, metadata={"help": "Instead of a pretrained one: a new model of this type, as 'convnext'."}
-    )
-    config_overrides: Optional[str] = field(
-        default=None, metadata={"help": "Settings of the new model's configuration: a mapping, as JSON."}
-    )
-    image_size: Optional[int] = field(
-        default=None, metadata={"help": "Height and width to resize images to, in pixels; the processor's if unset."}
-    )
-    adapter: Literal["conv", "lora"] = field(
-        default="conv", metadata={"help": "Convolutions in front of blocks (DynaMMo's), or LoRA inside them."}
-    )
-    lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA."})
-    lora_alpha: int = field(default=8, metadata={"help": "LoRA is multiplied by lora_alpha / lora_rank."})
-    preset: Preset = field(default="default", metadata={"help": "Adapters as in the 'paper', or the 'default'."})
-    target_modules: Optional[list[str]] = field(
-        default=None, metadata={"help": "Blocks to put adapters in front of; they follow from the model if unset."}
-    )
-    feature_modules: Optional[list[str]] = field(
-        default=None,
-        metadata={"help": "Modules whose pooled outputs the heads read too; they follow from the method if unset."},
-    )
-    reduction_factor: Optional[int] = field(
-        default=None, metadata={"help": "Channels over bottleneck channels; chosen by cost if unset."}
-    )
-    scoring: Optional[Scoring] = field(default=None, metadata={"help": "How the heads of tasks are compared."})
-    flips: Optional[list[Flip]] = field(
-        default=None,
-        metadata={
-            "help": "Mirror images whose features are averaged with an image's own when it is classified: "
-            "'horizontal', 'vertical' or both; each costs a forward pass."
-        },
     )
 
 
@@ -203,35 +157,6 @@ def _structured(option: str, value: Any) -> Any:
         raise ValueError(f'--{option} is no JSON ({error}); write it as in \'[["a", "b"], ["c"]]\'.') from error
 
 
-def load_model(args: ModelArguments) -> tuple[transformers.PreTrainedModel, Any]:
-    """The image classifier and its image processor, from the Hub or a folder, or new."""
-    if (args.model_name_or_path is None) == (args.model_type is None):
-        raise ValueError("Set either model_name_or_path (a pretrained model) or model_type (a new one).")
-    if args.model_type is not None:
-        config = AutoConfig.for_model(args.model_type, **(args.config_overrides or {}))
-        size = args.image_size or getattr(config, "image_size", 224)
-        model = AutoModelForImageClassification.from_config(config)
-        return model, transformers.ViTImageProcessorPil(size={"height": size, "width": size})
-    model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, revision=args.revision)
-    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.revision)
-    return model, resized_image_processor(processor, args.image_size) if args.image_size else processor
-
-
-def adapter_config(args: ModelArguments) -> HeadConfig:
-    """The configuration of the adapters."""
-    common = {
-        "target_modules": args.target_modules,
-        "feature_modules": args.feature_modules,
-        "scoring": args.scoring,
-        "flips": args.flips,
-    }
-    if args.adapter == "conv":
-        return DynammoConfig(preset=args.preset, reduction_factor=args.reduction_factor, **common)
-    if args.preset != "default" or args.reduction_factor is not None:
-        raise ValueError("adapter='lora' has neither preset='paper' nor reduction_factor; leave them out.")
-    return DynammoLoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, **common)
-
-
 def load_scenario(args: DataArguments, image_processor: Any, progress: bool) -> ClassIncrementalScenario:
     """The tasks, with all images decoded."""
     train, test = load_image_dataset(
@@ -273,12 +198,14 @@ def report_cost(method: Method, scenario: ClassIncrementalScenario) -> dict[str,
     model, device = method.model, method.accelerator.device
     image = torch.zeros(1, 3, *scenario.image_size, device=device)
     learned = dynammo_peft.forward_cost(model, lambda: method.logits(image))
+    folded = dynammo_peft.forward_cost(model, lambda: method.logits(image), folded=True)
     with model.disable_adapter():
         base = dynammo_peft.forward_cost(model, lambda: model(pixel_values=image))
     return {
         "multiply_adds": learned.multiply_adds,
         "multiply_adds_base": base.multiply_adds,
         "ratio": learned.flops / base.flops,
+        "ratio_folded": folded.flops / base.flops,
         "parameters": learned.parameters,
         "parameters_base": base.parameters,
     }
@@ -319,6 +246,7 @@ def run(argv: list[str]) -> tuple[Method, Results]:
     model, image_processor = load_model(model_args)
     with accelerator.main_process_first():
         scenario = load_scenario(data_args, image_processor, progress=accelerator.is_main_process)
+    model_args.adapter = choose_adapter(model_args, METHODS[args.method], method_args, model)
     method = METHODS[args.method](model, method_args, adapter_config(model_args))
     method_options = {**asdict(model_args), **asdict(data_args), **asdict(method_args)}
     options = {**without_hub(asdict(args)), **method_options}
@@ -362,10 +290,13 @@ def finish(
         f"{measures['average_incremental_accuracy']:.3f}, forgetting {measures['forgetting']:.3f}, mean class recall "
         f"{measures['mean_class_recall']:.3f}"
     )
+    in_the_weights = ""
+    if cost["ratio_folded"] < cost["ratio"]:
+        in_the_weights = f" ({cost['ratio_folded']:.3f} with LoRA in its weights)"
     print(
         f"One forward pass: {cost['multiply_adds'] / 1e6:.1f} M multiply-adds, {cost['ratio']:.3f} times the base "
-        f"model's {cost['multiply_adds_base'] / 1e6:.1f} M; {cost['parameters'] / 1e6:.2f} M parameters against "
-        f"{cost['parameters_base'] / 1e6:.2f} M"
+        f"model's {cost['multiply_adds_base'] / 1e6:.1f} M{in_the_weights}; {cost['parameters'] / 1e6:.2f} M "
+        f"parameters against {cost['parameters_base'] / 1e6:.2f} M"
     )
     fell_back = getattr(method, "fell_back", False)
     if fell_back:

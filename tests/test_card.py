@@ -258,6 +258,11 @@ def test_cost_is_set_against_the_base_model():
         ["parameters used", "5.6 M", "5.5 M"],
         ["operations against the base model", "1.035", "1"],
     ]
+    folded = model_card(facts(cost={**COST, "ratio_folded": 1.001}))
+    rows = table_with(rendered(folded), "one image", "this model", "base model")
+    assert rows[-1] == ["the same with LoRA in the base model's weights", "1.001", "1"]
+    convolutions = model_card(facts(cost={**COST, "ratio_folded": COST["ratio"]}))
+    assert len(table_with(rendered(convolutions), "one image", "this model", "base model")) == 3
 
 
 def test_exemplars_and_statistics_are_told_and_images_first_of_all():

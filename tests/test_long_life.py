@@ -111,7 +111,7 @@ def test_adapters_on_the_disk_change_nothing(options, lora, tmp_path):
 def test_the_model_grows_by_the_merged_heads_alone(tmp_path):
     counts = {}
     for folder in (None, str(tmp_path)):
-        method = Dynammo(tiny_model("vit"), arguments(memory_size=0, offload_adapters=folder))
+        method = Dynammo(tiny_model("vit"), arguments(memory_size=0, offload_adapters=folder), DynammoConfig())
         counts[folder] = own = []
         fit(
             method,
@@ -175,7 +175,7 @@ def test_a_published_model_takes_its_adapters_from_the_disk(hub, waits, tmp_path
     HfApi().upload_folder(repo_id="tester/base", folder_path=tmp_path / "base")
     folder = tmp_path / "adapters"
     uninterrupted, method = (
-        Dynammo(AutoModelForImageClassification.from_pretrained("tester/base"), arguments(**more))
+        Dynammo(AutoModelForImageClassification.from_pretrained("tester/base"), arguments(**more), DynammoConfig())
         for more in ({}, {"offload_adapters": str(folder)})
     )
     fit(uninterrupted, scenario(4))

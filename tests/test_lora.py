@@ -10,6 +10,7 @@ import dynammo_peft as dp
 from dynammo_peft import DynammoConfig, DynammoLoraConfig
 from dynammo_peft.merging import MergeWeights, adapter_tensors, input_grams, merge_adapters
 from dynammo_peft.merging.groups import WeightGroup
+from dynammo_peft.tuner import default_adapter
 from dynammo_peft.tuner.heads import class_logits
 
 
@@ -52,6 +53,19 @@ def test_every_architecture_gets_lora_by_default_and_folds(name):
     assert plain.config.id2label == dict(enumerate("abcde"))
     assert plain.num_labels == plain.config.num_labels == 5
     assert type(plain) is type(tiny_model(name))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("method", [dp.Dynammo, dp.ACL, dp.Joint])
+def test_lora_is_the_default_of_plain_transformers(name, method):
+    plain = name in ("vit", "deit", "dinov2", "dinov2_with_registers")
+    assert type(method(tiny_model(name)).config) is (DynammoLoraConfig if plain else DynammoConfig)
+
+
+def test_convolutions_are_the_default_of_other_models_and_where_adapters_are_merged_one_by_one(tmp_path):
+    assert default_adapter(torch.nn.Linear(2, 2)) == "conv"
+    method = dp.Dynammo(tiny_model("vit"), dp.DynammoArguments(offload_adapters=str(tmp_path)))
+    assert type(method.config) is DynammoConfig
 
 
 def test_only_queries_and_values_of_a_transformer_are_adapted():
@@ -232,9 +246,12 @@ def test_lora_is_in_the_weights_for_a_while(name, feature_modules):
     apart = dp.forward_cost(model, lambda: model(pixel_values=images)).flops
     with model.disable_adapter():
         base = dp.forward_cost(model, lambda: model(pixel_values=images)).flops
+    expected = dp.forward_cost(model, lambda: model(pixel_values=images), folded=True)
+    assert torch.equal(model(pixel_values=images).logits, before)
     model.merge_adapter()
     torch.testing.assert_close(model(pixel_values=images).logits, before, rtol=1e-4, atol=1e-5)
-    folded = dp.forward_cost(model, lambda: model(pixel_values=images)).flops
+    assert dp.forward_cost(model, lambda: model(pixel_values=images)) == expected
+    folded = expected.flops
     # What is left are the heads, which read little.
     assert base <= folded < base + (apart - base) / 2
     model.unmerge_adapter()

@@ -17,7 +17,10 @@ ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "class_incremental.py"
 sys.path.insert(0, str(RECIPE.parent))
 
+from backbone import ModelArguments, adapter_config, choose_adapter  # noqa: E402
 from class_incremental import parse_arguments, run  # noqa: E402
+
+from dynammo_peft import Dynammo, DynammoArguments, DynammoConfig, DynammoLoraConfig  # noqa: E402
 
 
 LOAD = """
@@ -97,7 +100,7 @@ def test_a_saved_model_gives_the_same_logits_in_a_new_process(tmp_path):
 
 
 def test_two_processes_print_and_save_once_and_average_their_statistics(tmp_path):
-    path = small_run(tmp_path, save_task_adapters=True)
+    path = small_run(tmp_path, adapter="conv", save_task_adapters=True)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, RECIPE, path], capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -140,6 +143,38 @@ def test_mirror_images_are_seen_when_images_are_classified(tmp_path, method):
     assert {config.flips == ["horizontal"] for config in trained.model.peft_config.values()} == {True}
     cost = json.loads((tmp_path / "out" / "results.json").read_text())["cost"]
     assert cost["ratio"] > 2
+
+
+@pytest.mark.parametrize(
+    "options, adapter",
+    [
+        ({}, "lora"),
+        ({"reduction_factor": 4}, "conv"),
+        ({"preset": "paper"}, "conv"),
+        ({"adapter": "conv"}, "conv"),
+        ({"model_type": "swin"}, "conv"),
+    ],
+)
+def test_adapters_follow_from_the_model_and_the_options(options, adapter):
+    args = ModelArguments(**options)
+    model = tiny_model(options.get("model_type", "vit"))
+    args.adapter = choose_adapter(args, Dynammo, DynammoArguments(), model)
+    assert args.adapter == adapter
+    config = adapter_config(args)
+    assert type(config) is {"lora": DynammoLoraConfig, "conv": DynammoConfig}[adapter]
+    if adapter == "lora":
+        assert (config.r, config.lora_alpha) == (8, 8)
+
+
+def test_lora_is_reported_and_costs_nothing_in_the_weights(tmp_path, capsys):
+    method, _ = run([str(small_run(tmp_path, lora_rank=4, lora_alpha=16, fall_back=False))])
+    config = method.model.peft_config["task_000"]
+    assert (type(config), config.r, config.lora_alpha) == (DynammoLoraConfig, 4, 16)
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert report["options"]["adapter"] == "lora"
+    cost = report["cost"]
+    assert cost["ratio"] > cost["ratio_folded"] >= 1
+    assert f"{cost['ratio_folded']:.3f} with LoRA in its weights" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["acl", "joint"])
@@ -236,6 +271,9 @@ def test_an_unknown_option_on_the_command_line_ends_in_one_line(tmp_path):
             ["save_task_adapters", "='adapters' keeps all"],
         ),
         ({"offload_adapters": "adapters", "merge": "fisher"}, ["merge='fisher'", "'linear', 'uniform'"]),
+        ({"offload_adapters": "adapters", "adapter": "lora"}, ["merge=unset", "DynammoConfig", "adapter='conv'"]),
+        ({"adapter": "conv", "lora_rank": 4}, ["adapter='conv'", "lora_rank"]),
+        ({"adapter": "lora", "reduction_factor": 4}, ["adapter='lora'", "reduction_factor"]),
     ],
 )
 def test_bad_input_stops_before_anything_is_written(tmp_path, options, expected):

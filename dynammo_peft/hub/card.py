@@ -205,4 +205,7 @@ def _cost(cost: Mapping[str, float]) -> str:
         for title, name in (("multiply-adds", "multiply_adds"), ("parameters used", "parameters"))
     ]
     rows.append(["operations against the base model", f"{cost['ratio']:.3f}", "1"])
+    folded = cost.get("ratio_folded", cost["ratio"])
+    if folded < cost["ratio"]:
+        rows.append(["the same with LoRA in the base model's weights", f"{folded:.3f}", "1"])
     return table(["one image", "this model", "base model"], rows)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..data import ClassIncrementalScenario, ClassStatistics, LabelledImages, Task, choose_ridge, fit_affine_map
 from ..tuner import HeadConfig
+from ..tuner.architectures import TaskAdapter
 from ..tuner.heads import set_class_logits
 from ..tuner.modes import adapter_instead
 from .analytic import ANALYTIC_HEADS
@@ -77,6 +78,11 @@ class Dynammo(TwoStageMethod):
         anchored = options.fall_back or (options.memory_size == 0 and not options.first_session)
         self.anchor: Optional[Anchor] = Anchor(self, MERGED) if anchored else None
         self.fallback: Optional[Fallback] = Fallback(self.anchor) if options.fall_back else None
+
+    @classmethod
+    def default_adapter(cls, model: PreTrainedModel, arguments: DynammoArguments) -> TaskAdapter:
+        """As of `AdapterMethod`; convolutions where adapters are merged one by one, which is not done with LoRA."""
+        return super().default_adapter(model, arguments) if arguments.offload_adapters is None else "conv"
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         super().begin(scenario, accelerator)

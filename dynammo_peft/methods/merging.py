@@ -136,7 +136,10 @@ class Merging:
             check_runs(self.combination_type)
         except ValueError as error:
             given = "unset" if self.arguments.merge is None else repr(self.arguments.merge)
-            raise ValueError(f"offload_adapters does not go with merge={given}: {error}") from error
+            instead = ""
+            if self.combination_type == "cat":
+                instead = " Or let adapters be convolutions: pass a DynammoConfig (in the recipe adapter='conv')."
+            raise ValueError(f"offload_adapters does not go with merge={given}: {error}{instead}") from error
 
     def state(self) -> dict[str, Tensor]:
         """What was measured of each adapter, by name."""

@@ -1,4 +1,5 @@
 from .config import DynammoConfig
+from .default import TASK_ADAPTERS, default_adapter
 from .head_config import HeadConfig
 from .head_layer import DynammoHead
 from .layer import DynammoLayer
@@ -8,6 +9,7 @@ from .registration import register
 
 
 __all__ = [
+    "TASK_ADAPTERS",
     "DynammoConfig",
     "DynammoHead",
     "DynammoLayer",
@@ -15,6 +17,7 @@ __all__ = [
     "DynammoLoraModel",
     "DynammoModel",
     "HeadConfig",
+    "default_adapter",
 ]
 
 register("dynammo", DynammoConfig, DynammoModel)

@@ -22,6 +22,10 @@ PLAIN_TRANSFORMER_FEATURE_BLOCKS = 6
 MAX_FEATURES = 4096
 
 
+# Convolutions in front of blocks (Qazi et al. 2024), or LoRA inside them.
+TaskAdapter = Literal["conv", "lora"]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How a transformers model type names its parts.
@@ -31,12 +35,15 @@ class Architecture:
         depth (`str`): Attribute of the model's configuration that says how many blocks there are.
         projections (`tuple[str, ...]`): Name endings of the linear layers or convolutions that get LoRA.
         head (`str`): Name of the classifier.
+        adapter (`Literal["conv", "lora"]`): The task adapter with which classes are told apart best, where none is
+            asked for.
     """
 
     block: str
     depth: str
     projections: tuple[str, ...]
     head: str = "classifier"
+    adapter: TaskAdapter = "conv"
 
     def target_modules(self, model_config: dict[str, Any]) -> set[str]:
         """Names of the blocks that get an adapter: every stage, or evenly spaced blocks of a plain transformer."""
@@ -63,11 +70,13 @@ class Architecture:
 # Queries and values, as PEFT takes them for language models.
 ATTENTION = ("q_proj", "v_proj")
 
+PLAIN_TRANSFORMER: dict[str, Any] = {"depth": "num_hidden_layers", "projections": ATTENTION, "adapter": "lora"}
+
 ARCHITECTURES: dict[str, Architecture] = {
-    "vit": Architecture(block="layers.{}", depth="num_hidden_layers", projections=ATTENTION),
-    "deit": Architecture(block="layers.{}", depth="num_hidden_layers", projections=ATTENTION),
-    "dinov2": Architecture(block="encoder.layer.{}", depth="num_hidden_layers", projections=ATTENTION),
-    "dinov2_with_registers": Architecture(block="encoder.layer.{}", depth="num_hidden_layers", projections=ATTENTION),
+    "vit": Architecture(block="layers.{}", **PLAIN_TRANSFORMER),
+    "deit": Architecture(block="layers.{}", **PLAIN_TRANSFORMER),
+    "dinov2": Architecture(block="encoder.layer.{}", **PLAIN_TRANSFORMER),
+    "dinov2_with_registers": Architecture(block="encoder.layer.{}", **PLAIN_TRANSFORMER),
     "convnext": Architecture(block="encoder.stages.{}", depth="depths", projections=("pwconv1", "pwconv2")),
     "convnextv2": Architecture(block="encoder.stages.{}", depth="depths", projections=("pwconv1", "pwconv2")),
     "resnet": Architecture(block="encoder.stages.{}", depth="depths", projections=("convolution",)),
