@@ -272,14 +272,21 @@ def test_it_is_then_a_model_of_the_first_session(scenario, monkeypatch, tmp_path
     torch.testing.assert_close(logits(method, scenario), logits(expected, scenario), atol=1e-3, rtol=1e-3)
     assert results.predictions == expected_results.predictions
     assert method.fell_back and not expected.fell_back
+    if lora:
+        # What adds nothing takes no rank.
+        assert [each.model.peft_config["merged"].r for each in (method, expected)] == [2, 2]
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_later_adapters_are_merged_with_all_before_them(scenario, monkeypatch, tmp_path, offload):  # noqa: F811
+@pytest.mark.parametrize(
+    "config, offload",
+    [(strong, False), (strong, True), (lambda: DynammoLoraConfig(**LORA), False)],
+    ids=["convolutions", "offloaded", "lora"],
+)
+def test_later_adapters_are_merged_with_all_before_them(scenario, monkeypatch, tmp_path, config, offload):  # noqa: F811
     options = {"offload_adapters": str(tmp_path)} if offload else {}
-    expected, expected_results = fit(scenario, strong(), fall_back=False, **options)
+    expected, expected_results = fit(scenario, config(), fall_back=False, **options)
     forced(monkeypatch, False, True, False)
-    method, results = fit(scenario, strong(), **{name: f"{path}-again" for name, path in options.items()})
+    method, results = fit(scenario, config(), **{name: f"{path}-again" for name, path in options.items()})
     assert not method.fell_back
     assert results.predictions == expected_results.predictions
     assert torch.equal(logits(method, scenario), logits(expected, scenario))

@@ -173,14 +173,16 @@ def scenario():
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"memory_size": 0}, {"first_session": True}, {"merge": "uniform"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"memory_size": 0}, {"first_session": True}, {"merge": "uniform"}, {"fall_back": False}]
+)
 def test_learns_with_lora(scenario, options):
     arguments = dp.DynammoArguments(**{"adapter_epochs": 2, "memory_size": 12, **options})
     method = dp.Dynammo(tiny_model("vit"), arguments, DynammoLoraConfig(r=2, feature_modules=[]))
     results = dp.Learner(method, progress=False).fit(scenario)
     assert results.metrics()["last_accuracy"] > 0.9
-    rank = 2 if options.get("merge") else 6
-    assert method.model.peft_config["merged"].r == rank
+    alone = method.fell_back or options.get("merge") or options.get("first_session")
+    assert method.model.peft_config["merged"].r == (2 if alone else 6)
     images = tiny_images("vit", 4)
     expected = method.model(pixel_values=images).logits
     plain = copy.deepcopy(method.model).merge_and_unload()

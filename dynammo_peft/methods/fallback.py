@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data import ClassStatistics
-from ..merging import AdapterTensors, set_adapter_tensors
+from ..merging import AdapterTensors
 from .anchor import Anchor
 from .held_out import held_out_hits
 from .state import under
@@ -115,5 +115,5 @@ class Fallback:
     def put_back(self) -> None:
         """Undoes `put_first`: an adapter to come is merged with all before it."""
         if self.merge:
-            set_adapter_tensors(self.method.model, self.anchor.merged, self.merge)
+            self.method.merging.put_back(self.method.adapters, self.anchor.merged, self.merge)
             self.merge = {}

@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.utils.data import WeightedRandomSampler
 
 from ..data import ClassStatistics, LabelledImages, Task, data_loader
-from ..merging import adapter_tensors, gaussian_likelihood, learn_merge_weights, merge_into
+from ..merging import (
+    AdapterTensors,
+    adapter_tensors,
+    gaussian_likelihood,
+    learn_merge_weights,
+    merge_into,
+    set_adapter_tensors,
+)
+from ..merging.optimization import seeded
 from ..merging.recalibration import recalibrate
 from ..merging.registry import COMBINATIONS, check_runs
 from ..merging.weighted_sums import WeightedCombination
@@ -173,19 +181,33 @@ class Merging:
             # Each adapter started as a copy of an earlier one: what training changed is the difference to the first.
             first = adapter_tensors(self.method.model, adapters[0])
             options["base"] = {key: tensor.detach().clone() for key, tensor in first.items()}
+        if self.combination_type == "cat" and self.arguments.first_session:
+            # All adapters are copies of the first.
+            self.first_alone(adapters, merged)
+            return
         self.method.model.add_weighted_adapter(
             adapters, adapter_name=merged, combination_type=self.combination_type, **options
         )
         self._recalibrate(merged, shown)
 
     def first_alone(self, adapters: list[str], merged: str) -> None:
-        """Makes the merged adapter one of the same shape that does what the first of `adapters` does."""
+        """Makes the merged adapter do what the first of `adapters` does, and take no more rank than that one."""
         if self.combination_type == "cat":
-            # LoRA's factors side by side: those of the others count nothing.
-            weights = [1.0] + [0.0] * (len(adapters) - 1)
-            self.method.model.add_weighted_adapter(adapters, weights, merged, combination_type="cat")
+            self._concatenate(adapters, merged, [1.0] + [0.0] * (len(adapters) - 1))
         else:
             self.method.copy_adapter(adapters[0], merged)
+
+    def put_back(self, adapters: list[str], merged: str, tensors: AdapterTensors) -> None:
+        """Undoes `first_alone`: gives the merge of `adapters` its tensors again; heads are left to be fitted anew."""
+        if self.combination_type == "cat":
+            # Its rank is that of the first alone.
+            self._concatenate(adapters, merged)
+        set_adapter_tensors(self.method.model, merged, tensors)
+
+    def _concatenate(self, adapters: list[str], merged: str, weights: Optional[list[float]] = None) -> None:
+        # A new adapter is drawn before it is filled: how later ones are trained shall not depend on that.
+        with seeded(self.method.model, self.arguments.seed):
+            self.method.model.add_weighted_adapter(adapters, weights, merged, combination_type="cat")
 
     def learn_weights(
         self, adapters: list[str], merged: str, shown: LabelledImages, statistics: Optional[ClassStatistics]

@@ -133,20 +133,22 @@ class DynammoLoraModel(HeadTuner, LoraModel):
 
     @torch.no_grad()
     def _concatenate(self, adapters: Sequence[str], weights: Sequence[float], merged: str) -> None:
-        """Makes an adapter whose factors are those of the others one after the other, and its scaling 1."""
+        """Makes an adapter whose factors are those of the others one after the other, and its scaling 1.
+
+        Those of weight 0 add nothing, and take no rank.
+        """
         first = self.peft_config[adapters[0]]
-        ranks = {key: rank * len(adapters) for key, rank in first.rank_pattern.items()}
-        rank = first.r * len(adapters)
+        parts = [(name, weight) for name, weight in zip(adapters, weights) if weight]
+        ranks = {key: rank * len(parts) for key, rank in first.rank_pattern.items()}
+        rank = first.r * len(parts)
         changes = {"r": rank, "rank_pattern": ranks, "lora_alpha": rank, "alpha_pattern": ranks, "use_rslora": False}
         self.create_merged_adapter(list(adapters), merged, **changes)
         for layer in self.model.modules():
             if not isinstance(layer, LoraLayer) or merged not in layer.lora_A:
                 continue
-            downs = [
-                weight * layer.scaling[name] * layer.lora_A[name].weight for name, weight in zip(adapters, weights)
-            ]
+            downs = [weight * layer.scaling[name] * layer.lora_A[name].weight for name, weight in parts]
             layer.lora_A[merged].weight.copy_(torch.cat(downs, dim=0))
-            layer.lora_B[merged].weight.copy_(torch.cat([layer.lora_B[name].weight for name in adapters], dim=1))
+            layer.lora_B[merged].weight.copy_(torch.cat([layer.lora_B[name].weight for name, _ in parts], dim=1))
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
         """
