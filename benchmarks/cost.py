@@ -27,7 +27,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from dynammo_peft import DynammoConfig, forward_cost
+from dynammo_peft import DynammoConfig, DynammoLoraConfig, forward_cost
 from dynammo_peft.data import ClassStatistics, choose_ridge, fit_affine_map
 from dynammo_peft.merging import learn_merge_weights
 from dynammo_peft.merging.optimization import EVALUATION_BATCHES
@@ -71,13 +71,12 @@ def class_names(task):
     return [f"class {task * CLASSES_PER_TASK + place}" for place in range(CLASSES_PER_TASK)]
 
 
-def adapted(base, tasks, preset="default"):
+def adapted(base, tasks, config_cls=DynammoConfig, **options):
     """A copy of the base model with an adapter a task and the merged one, which is active."""
     names = [f"task_{task:03d}" for task in range(tasks)]
-    config = DynammoConfig(preset=preset, classes=class_names(0))
-    model = get_peft_model(copy.deepcopy(base), config, names[0])
+    model = get_peft_model(copy.deepcopy(base), config_cls(classes=class_names(0), **options), names[0])
     for task, name in enumerate(names[1:], start=1):
-        model.add_adapter(name, DynammoConfig(preset=preset, classes=class_names(task)))
+        model.add_adapter(name, config_cls(classes=class_names(task), **options))
     model.add_weighted_adapter(names, adapter_name="merged")
     model.set_adapter("merged", inference_mode=True)
     return model.eval(), names
@@ -118,6 +117,24 @@ def forward_rows(base, images, repeats, synchronize):
             AIM,
         )
     yield "acl / merged, 10 tasks", acl_flops / flops[10], acl_time / merged_time, ">= 9.5 FLOPs"
+
+
+def lora_rows(base, images, repeats, synchronize):
+    """Merged LoRA, whose rank is that of all its adapters, against base at 1, 10 and 50 tasks; and in the weights."""
+    one, runs, flops = images[:1], [lambda: base(images)], {}
+    base_flops = forward_cost(base, lambda: base(one)).flops
+    for tasks in (1, 10, 50):
+        model, _ = adapted(base, tasks, DynammoLoraConfig)
+        folded = copy.deepcopy(model)
+        folded.merge_adapter()
+        for place, own in (("", model), (" in the weights", folded)):
+            runs.append(lambda own=own: own(images))
+            label = f"merged LoRA{place} / base, {tasks} tasks"
+            flops[label] = forward_cost(own, lambda own=own: own(one)).flops
+    with torch.no_grad():
+        base_time, *times = median_times(runs, repeats, synchronize)
+    for (label, count), seconds in zip(flops.items(), times):
+        yield label, count / base_flops, seconds / base_time, ""
 
 
 def head_stage_row(base, images, repeats, synchronize):
@@ -239,7 +256,7 @@ def measure(name, base: PreTrainedModel, args, synchronize):
     print(f"\n{name}, {size} px, batch {args.batch_size}, median of {args.repeats}\n{'':45} {'FLOPs':>7} {'time':>7}")
     rows = [forward_rows, head_stage_row, merging_rows]
     if any(module_name.endswith("q_proj") for module_name, _ in base.named_modules()):
-        rows.append(training_row)
+        rows += [training_row, lora_rows]
     for make in rows:
         for label, flops, seconds, aim in make(base, images, args.repeats, synchronize):
             print(f"{label:45} {'' if flops is None else f'{flops:.3f}':>7} {seconds:7.3f}  {aim}", flush=True)
