@@ -17,10 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import datasets
 import torch
@@ -30,6 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import dynammo_peft as dp
+from dynammo_peft.tuner import TASK_ADAPTERS, default_adapter
+from dynammo_peft.tuner.architectures import TaskAdapter
 from merging_tables import details, overview
 from shared_learner import SharedLearner
 
@@ -75,7 +77,7 @@ class Row:
         method (`str`): A key of `METHODS`.
         arguments (`dict[str, Any]`): Of the method.
         config (`dict[str, Any]`): Of the adapters' configuration.
-        lora (`bool`): Whether task adapters are LoRA instead of convolutions.
+        adapter (`Optional[Literal["conv", "lora"]]`): The kind of task adapters; the backbone's default if `None`.
         at_once (`bool`): Whether all classes are learned as one task.
         forward_passes (`str`): At inference, with T tasks.
     """
@@ -83,30 +85,24 @@ class Row:
     method: str = "dynammo"
     arguments: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    lora: bool = False
+    adapter: Optional[TaskAdapter] = None
     at_once: bool = False
     forward_passes: str = "1"
 
 
-# The paper's recipe on the same adapters as all others: its own, wider ones would be another budget.
+# The paper's recipe on the adapters of ACL and of what is compared below: its own, wider ones would be another budget.
 PAPER_CONFIG = {"feature_modules": [], "scoring": "min_others"}
 PAPER_ARGUMENTS = {"heads": "exemplars", "feature_views": 1, "exemplars_as_others": True}
-ROWS: dict[str, Row] = {
-    "acl": Row("acl", forward_passes="T"),
-    "paper": Row(arguments=PAPER_ARGUMENTS, config=PAPER_CONFIG),
+CHOICES: dict[str, Row] = {
     "default": Row(),
     "exemplar_free": Row(arguments={"memory_size": 0}),
     "always merged": Row(arguments={"fall_back": False}),
     "exemplar_free, always merged": Row(arguments={"fall_back": False, "memory_size": 0}),
     "first_session": Row(arguments={"first_session": True}),
-    "joint": Row("joint", at_once=True),
-    "joint, heads=lda": Row(at_once=True),
-    "lora": Row(lora=True),
-    "lora, exemplar_free": Row(arguments={"memory_size": 0}, lora=True),
-    "lora, always merged": Row(arguments={"fall_back": False}, lora=True),
-    "lora, first_session": Row(arguments={"first_session": True}, lora=True),
-    "lora, joint, heads=lda": Row(at_once=True, lora=True),
-    "lora, last layer": Row(arguments={"fall_back": False}, config={"feature_modules": []}, lora=True),
+}
+BOUNDS: dict[str, Row] = {"joint": Row("joint", at_once=True), "joint, heads=lda": Row(at_once=True)}
+# Heads, merges and the training of adapters, each against "adapter=conv, always merged".
+COMPARED: dict[str, Row] = {
     "heads=ridge": Row(arguments={"heads": "ridge", "fall_back": False}),
     "heads=gaussians": Row(arguments={"heads": "gaussians"}),
     "heads=exemplars": Row(arguments={"heads": "exemplars"}),
@@ -132,6 +128,30 @@ ROWS: dict[str, Row] = {
     ),
     "exemplar_free, first_session": Row(arguments={"memory_size": 0, "first_session": True}),
     "recalibrate": Row(arguments={"recalibrate": True, "fall_back": False}),
+}
+
+
+def _on(adapter: TaskAdapter, rows: dict[str, Row], named: bool = True) -> dict[str, Row]:
+    """The same rows with adapters of one kind for all backbones, which `named` rows say; `default` needs no more."""
+    names = {name: f"adapter={adapter}" + ("" if name == "default" else f", {name}") for name in rows}
+    return {names[name] if named else name: replace(row, adapter=adapter) for name, row in rows.items()}
+
+
+ROWS: dict[str, Row] = {
+    **_on(
+        "conv",
+        {
+            "acl": Row("acl", forward_passes="T"),
+            "paper": Row(arguments=PAPER_ARGUMENTS, config=PAPER_CONFIG),
+        },
+        named=False,
+    ),
+    **CHOICES,
+    **BOUNDS,
+    **_on("conv", {**CHOICES, **BOUNDS}),
+    **_on("lora", {**CHOICES, "acl": Row("acl", forward_passes="T")}),
+    "adapter=lora, last layer": Row(arguments={"fall_back": False}, config={"feature_modules": []}, adapter="lora"),
+    **_on("conv", COMPARED, named=False),
 }
 CORE = ("acl", "paper", "default", "exemplar_free", "first_session", "joint")
 # Of the table of all backbones and sequences.
@@ -203,7 +223,7 @@ def run_seed(
         method = method_cls(
             model.to(memory_format=MEMORY_FORMAT.get(backbone, torch.preserve_format)),
             method_cls.arguments_cls(**arguments),
-            (dp.DynammoLoraConfig if settings.lora else dp.DynammoConfig)(**settings.config),
+            TASK_ADAPTERS[settings.adapter or default_adapter(model)](**settings.config),
         )
         start = time.perf_counter()
         folder = adapters / "at_once" if settings.at_once else adapters
