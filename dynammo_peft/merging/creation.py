@@ -56,6 +56,9 @@ def create_concatenated(
         ValueError: If the adapters are no LoRA.
     """
     tuner = tuner_of(model)
+    if hasattr(tuner, "create_concatenated_adapter"):
+        tuner.create_concatenated_adapter(adapters, weights, adapter_name)
+        return
     if not isinstance(tuner, LoraModel):
         kind = tuner.peft_config[adapters[0]].peft_type.value
         raise ValueError(

@@ -12,10 +12,8 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from ..merging import MergeWeights, merge_adapters
-from ..merging.registry import COMBINATIONS
-from ..merging.state import adapter_replaced
 from .architectures import ARCHITECTURES
-from .head_config import HeadConfig, check_choice
+from .head_config import HeadConfig
 from .head_layer import DynammoHead
 from .head_model import HeadTuner
 from .image_size import ImageSizeHook
@@ -121,21 +119,18 @@ class DynammoLoraModel(HeadTuner, LoraModel):
             ValueError: If an adapter does not exist, is named twice or is built differently from the first, weights
                 are unusable, or the combination type or an option does not exist.
         """
-        check_choice("combination_type", combination_type, ("cat", *COMBINATIONS))
-        if combination_type != "cat" or isinstance(weights, MergeWeights):
-            merge_adapters(self, adapters, weights, adapter_name, combination_type, **options)
-            return
-        COMBINATIONS["linear"].check_options(options)
-        self.check_mergeable(adapters, adapter_name)
-        mixture = COMBINATIONS["linear"].check_weights(weights, len(adapters))
-        with adapter_replaced(self, adapter_name, active_instead=adapters[0]):
-            self._concatenate(adapters, mixture.tolist(), adapter_name)
+        merge_adapters(self, adapters, weights, adapter_name, combination_type, **options)
 
     @torch.no_grad()
-    def _concatenate(self, adapters: Sequence[str], weights: Sequence[float], merged: str) -> None:
-        """Makes an adapter whose factors are those of the others one after the other, and its scaling 1.
+    def create_concatenated_adapter(self, adapters: Sequence[str], weights: Sequence[float], merged: str) -> None:
+        """Adds an adapter whose factors are those of others one after the other, with a scaling of 1.
 
         Those of weight 0 add nothing, and take no rank.
+
+        Args:
+            adapters (`Sequence[str]`): Names of the adapters.
+            weights (`Sequence[float]`): A weight for each.
+            merged (`str`): Name of the new adapter, of which there is none yet.
         """
         first = self.peft_config[adapters[0]]
         parts = [(name, weight) for name, weight in zip(adapters, weights) if weight]
