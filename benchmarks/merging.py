@@ -3,7 +3,7 @@
     python benchmarks/merging.py                                   # everything; goes on where it was stopped
     python benchmarks/merging.py --backbones deit_tiny --sequences blood_cells --seeds 0 1 --rows acl paper default
     python benchmarks/merging.py --data_dir IMAGES --seeds 0       # images of yours: IMAGES/{train,test}/<class>/
-    python benchmarks/merging.py --report                          # the tables of what is there
+    python benchmarks/merging.py --report                          # the tables of what is there, of all --seeds
 
 Rows of a backbone, sequence and seed start from the same adapters: stage 1 is trained once for all methods that have
 the same images and the same loss in it, and kept under `docs/results/adapters` (not in version control; delete the
@@ -131,27 +131,21 @@ COMPARED: dict[str, Row] = {
 }
 
 
-def _on(adapter: TaskAdapter, rows: dict[str, Row], named: bool = True) -> dict[str, Row]:
-    """The same rows with adapters of one kind for all backbones, which `named` rows say; `default` needs no more."""
+def _on(adapter: TaskAdapter, rows: dict[str, Row]) -> dict[str, Row]:
+    """The same rows with adapters of one kind for all backbones, and their names say so; `default` needs no more."""
     names = {name: f"adapter={adapter}" + ("" if name == "default" else f", {name}") for name in rows}
-    return {names[name] if named else name: replace(row, adapter=adapter) for name, row in rows.items()}
+    return {names[name]: replace(row, adapter=adapter) for name, row in rows.items()}
 
 
 ROWS: dict[str, Row] = {
-    **_on(
-        "conv",
-        {
-            "acl": Row("acl", forward_passes="T"),
-            "paper": Row(arguments=PAPER_ARGUMENTS, config=PAPER_CONFIG),
-        },
-        named=False,
-    ),
+    "acl": Row("acl", adapter="conv", forward_passes="T"),
+    "paper": Row(arguments=PAPER_ARGUMENTS, config=PAPER_CONFIG, adapter="conv"),
     **CHOICES,
     **BOUNDS,
     **_on("conv", {**CHOICES, **BOUNDS}),
     **_on("lora", {**CHOICES, "acl": Row("acl", forward_passes="T")}),
     "adapter=lora, last layer": Row(arguments={"fall_back": False}, config={"feature_modules": []}, adapter="lora"),
-    **_on("conv", COMPARED, named=False),
+    **{name: replace(row, adapter="conv") for name, row in COMPARED.items()},
 }
 CORE = ("acl", "paper", "default", "exemplar_free", "first_session", "joint")
 # Of the table of all backbones and sequences.
@@ -264,7 +258,7 @@ def main() -> None:
     parser.add_argument("--core", action="store_true", help=f"The rows {', '.join(CORE)} only.")
     parser.add_argument("--epochs", type=int, default=5, help="Of stage 1, for each task.")
     parser.add_argument("--validation_fraction", type=float, default=0.0)
-    parser.add_argument("--report", action="store_true", help="Print the tables of the results so far.")
+    parser.add_argument("--report", action="store_true", help="Only print the tables of the results so far.")
     args = parser.parse_args()
     if args.data_dir is not None:
         folder, classes, memory = args.data_dir.resolve(), args.classes_per_task, args.memory_size
@@ -281,7 +275,8 @@ def main() -> None:
                     rows = list(CORE) if args.core else args.rows
                     with sdpa_kernel(SDPBackend.MATH):
                         run_seed(backbone, sequence, seed, args.epochs, rows, args.validation_fraction, out)
-    lines, at_once = read(out), [row for row, settings in ROWS.items() if settings.at_once]
+    lines = [line for line in read(out) if line["seed"] in args.seeds]
+    at_once = [row for row, settings in ROWS.items() if settings.at_once]
     print(overview(lines, TABLE, at_once))
     print(details(lines, list(ROWS), at_once))
 

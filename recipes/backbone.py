@@ -48,7 +48,11 @@ class ModelArguments:
     )
     preset: Preset = field(default="default", metadata={"help": "Adapters as in the 'paper', or the 'default'."})
     target_modules: Optional[list[str]] = field(
-        default=None, metadata={"help": "Blocks to put adapters in front of; they follow from the model if unset."}
+        default=None,
+        metadata={
+            "help": "Blocks to put convolutions in front of, or layers that get LoRA; they follow from the model if "
+            "unset."
+        },
     )
     feature_modules: Optional[list[str]] = field(
         default=None,
@@ -103,11 +107,12 @@ def adapter_config(args: ModelArguments) -> HeadConfig:
         "scoring": args.scoring,
         "flips": args.flips,
     }
-    rank = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
+    given = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
+    rank = {name: value for name, value in given.items() if value is not None}
     if args.adapter == "conv":
-        if any(value is not None for value in rank.values()):
+        if rank:
             raise ValueError("adapter='conv' has neither lora_rank nor lora_alpha; leave them out.")
         return DynammoConfig(preset=args.preset, reduction_factor=args.reduction_factor, **common)
     if args.preset != "default" or args.reduction_factor is not None:
         raise ValueError("adapter='lora' has neither preset='paper' nor reduction_factor; leave them out.")
-    return DynammoLoraConfig(**{name: 8 if value is None else value for name, value in rank.items()}, **common)
+    return DynammoLoraConfig(**rank, **common)

@@ -55,8 +55,7 @@ def model_card(facts: CardFacts, picture: Optional[str] = None) -> ModelCard:
 
         ```py
         >>> card = model_card(CardFacts(name="cells", form="adapter", tasks=[["monocyte"], ["platelet"]]))
-        >>> card.data.library_name
-        'peft'
+        >>> card.save("README.md")
         ```
     """
     options, places = public_options(facts.options)
