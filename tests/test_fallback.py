@@ -137,24 +137,50 @@ def test_the_advantage_is_on_a_line_through_the_differences(monkeypatch):
         assert judge.advantage == (0, 0)
         assert not judge.chosen
     # Later, a line through the origin at which one adapter is merged.
-    places, points, errors = torch.tensor([2.0, 3.0, 4.0]).log(), [], []
+    places, points, errors = torch.tensor([2.0, 3.0, 4.0]).double().log(), [], []
     for count, (alone, newest, oldest) in zip((2, 3, 4), tasks[2:]):
         # New classes are at 3 and 4, old ones at 0.
         alike = 1 / ((9 + 16) / 2)
         share = alike * sum(math.log(count / task) for task in OLD) / (3 * math.log(count))
         difference = share * (oldest - newest) + newest - alone
         one, other = difference[:4], difference[4:]
-        # Classes count the same.
-        points.append((one.mean() + other.mean()) / 2)
-        errors.append((one.var(correction=0) / 4 + other.var(correction=0) / 2).sqrt() / 2)
-    line = LinearRegression(fit_intercept=False).fit(places[:, None], torch.stack(points))
+        # Classes count the same, and so does each one's mean.
+        for part in (one, other):
+            points.append(part.mean())
+            errors.append((part.var(correction=0) / len(part)).sqrt())
+    line = LinearRegression(fit_intercept=False).fit(places.repeat_interleave(2)[:, None], torch.stack(points))
     advantage, error = judged(monkeypatch, tasks, labels).advantage
     assert advantage == pytest.approx(line.predict([[math.log(5)]])[0])
-    expected = (places * torch.stack(errors)).square().sum().sqrt() / places.square().sum() * math.log(5)
-    assert error == pytest.approx(expected.item())
+    assert error == pytest.approx(
+        expected_error(places.repeat_interleave(2), torch.stack(points), torch.stack(errors))
+    )
 
 
-def test_the_merge_has_to_be_better_by_more_than_two_standard_errors(monkeypatch):
+def expected_error(places, points, errors):
+    """Of the line at log(5): the larger of what images and what classes tell."""
+    images = (places * errors).square().sum().sqrt() / places.square().sum()
+    residuals = points - points @ places / places.square().sum() * places
+    inverse = 1 / places.square().sum()
+    # White's sandwich, as econometrics has it.
+    classes = (inverse * (places**2 * residuals**2).sum() * inverse * len(points) / (len(points) - 1)).sqrt()
+    return (max(images, classes) * math.log(5)).item()
+
+
+def test_classes_that_differ_make_the_advantage_uncertain(monkeypatch):
+    labels = torch.tensor([3] * 100 + [4] * 100)
+    alone = torch.zeros(200, dtype=torch.float64)
+    # Without a doubt of each class; but the second loses nearly what the first gains.
+    unlike = torch.cat([torch.ones(100), -0.5 * torch.ones(100)]).double()
+    alike = torch.full((200,), 0.25, dtype=torch.float64)
+    advantages = [judged(monkeypatch, [torch.stack([alone, hits, hits])] * 3, labels) for hits in (unlike, alike)]
+    for judge in advantages:
+        assert judge.advantage[0] == pytest.approx(0.25 * math.log(3) / math.log(2))
+    assert advantages[0].advantage[1] == pytest.approx(0.75 * math.log(3) / math.log(2))
+    assert advantages[1].advantage[1] == 0
+    assert [judge.chosen for judge in advantages] == [True, False]
+
+
+def test_the_merge_has_to_be_better_by_more_than_a_standard_error(monkeypatch):
     def chosen(better, worse):
         newest = torch.zeros(100, dtype=torch.float64)
         newest[:better], newest[better : better + worse] = 1, -1
@@ -163,8 +189,8 @@ def test_the_merge_has_to_be_better_by_more_than_two_standard_errors(monkeypatch
 
     # Of a hundred images; the error is that of a mean.
     assert chosen(better=0, worse=0)
-    assert chosen(better=8, worse=2)
-    assert not chosen(better=11, worse=2)
+    assert chosen(better=6, worse=4)
+    assert not chosen(better=7, worse=2)
     assert chosen(better=2, worse=9)
 
 

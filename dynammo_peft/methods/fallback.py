@@ -35,35 +35,45 @@ class Fallback:
     What later tasks correct of old classes ([`Anchor.correct`]) is left out: with it the merge is judged better than
     it is.
 
-    The first adapter is chosen unless the merge is better by more than two standard errors of that, once there is
+    The first adapter is chosen unless the merge is better by more than a standard error of that, once there is
     something to judge by. What it is worth is known, since nothing is moved; a merge can lose classes altogether.
 
     Args:
         anchor (`Anchor`): What is known under the first adapter.
 
     Attributes:
-        evidence (`Tensor`): The line's numerator and denominator, sums over new classes, and the numerator's variance.
+        evidence (`Tensor`): Of each class that was new once, `(N, 3)`: `log(k)`, the difference, its variance.
         merge (`AdapterTensors`): What was merged, while the first adapter is in its place.
     """
 
     def __init__(self, anchor: Anchor) -> None:
         self.anchor = anchor
         self.method = anchor.method
-        self.evidence = torch.zeros(3, dtype=torch.float64)
+        self.evidence = torch.zeros(0, 3, dtype=torch.float64)
         self.merge: AdapterTensors = {}
 
     @property
     def advantage(self) -> tuple[float, float]:
         """Accuracy expected of the merged adapter less the first one's, mean over classes, and its standard error."""
-        differences, squares, variance = self.evidence.tolist()
-        scale = math.log(len(self.method.adapters)) / squares if squares else 0.0
-        return scale * differences, scale * math.sqrt(variance)
+        count = len(self.evidence)
+        if not count:
+            return 0.0, 0.0
+        growth, differences, variances = self.evidence.T
+        squares = growth.square().sum()
+        slope = (growth * differences).sum() / squares
+        variance = (growth.square() * variances).sum()
+        if count > 1:
+            # Classes differ by more than their few images tell (White 1980, with the correction for small samples).
+            spread = (growth * (differences - slope * growth)).square().sum() * count / (count - 1)
+            variance = torch.maximum(variance, spread)
+        scale = math.log(len(self.method.adapters))
+        return scale * slope.item(), scale * (variance.sqrt() / squares).item()
 
     @property
     def chosen(self) -> bool:
         """Whether the first adapter is to be used."""
         advantage, error = self.advantage
-        return bool(self.evidence[1] > 0) and advantage <= 2 * error
+        return len(self.evidence) > 0 and advantage <= error
 
     def state(self) -> dict[str, Tensor]:
         """All there is to know after a task, as tensors: what `restore` takes."""
@@ -104,7 +114,8 @@ class Fallback:
         differences = age * oldest + (1 - age) * newest - hits
         for label in own.unique():
             part = differences[own == label]
-            self.evidence += growth * torch.tensor([part.mean(), growth, growth * part.var(correction=0) / len(part)])
+            of_class = torch.tensor([[growth, part.mean(), part.var(correction=0) / len(part)]], dtype=torch.float64)
+            self.evidence = torch.cat([self.evidence, of_class])
 
     def put_first(self) -> None:
         """Puts the first adapter in the place of the merged one, if it is chosen."""
