@@ -144,7 +144,7 @@ def test_the_advantage_is_on_a_line_through_the_differences(monkeypatch):
         share = alike * sum(math.log(count / task) for task in OLD) / (3 * math.log(count))
         difference = share * (oldest - newest) + newest - alone
         one, other = difference[:4], difference[4:]
-        # Classes count the same, and so does each one's mean.
+        # Classes count the same, however many images they have.
         for part in (one, other):
             points.append(part.mean())
             errors.append((part.var(correction=0) / len(part)).sqrt())
@@ -169,15 +169,15 @@ def expected_error(places, points, errors):
 def test_classes_that_differ_make_the_advantage_uncertain(monkeypatch):
     labels = torch.tensor([3] * 100 + [4] * 100)
     alone = torch.zeros(200, dtype=torch.float64)
-    # Without a doubt of each class; but the second loses nearly what the first gains.
+    # Without a doubt of each class; but the second loses half of what the first gains.
     unlike = torch.cat([torch.ones(100), -0.5 * torch.ones(100)]).double()
     alike = torch.full((200,), 0.25, dtype=torch.float64)
-    advantages = [judged(monkeypatch, [torch.stack([alone, hits, hits])] * 3, labels) for hits in (unlike, alike)]
-    for judge in advantages:
+    judges = [judged(monkeypatch, [torch.stack([alone, hits, hits])] * 3, labels) for hits in (unlike, alike)]
+    for judge in judges:
         assert judge.advantage[0] == pytest.approx(0.25 * math.log(3) / math.log(2))
-    assert advantages[0].advantage[1] == pytest.approx(0.75 * math.log(3) / math.log(2))
-    assert advantages[1].advantage[1] == 0
-    assert [judge.chosen for judge in advantages] == [True, False]
+    assert judges[0].advantage[1] == pytest.approx(0.75 * math.log(3) / math.log(2))
+    assert judges[1].advantage[1] == 0
+    assert [judge.chosen for judge in judges] == [True, False]
 
 
 def test_the_merge_has_to_be_better_by_more_than_a_standard_error(monkeypatch):
