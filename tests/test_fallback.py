@@ -222,23 +222,6 @@ def test_it_judges_features_that_no_adapter_was_trained_on(scenario, monkeypatch
         torch.testing.assert_close(found[1:], expected[1:])
 
 
-def test_it_judges_without_corrections(monkeypatch):
-    labels = torch.tensor([3, 3, 4, 4])
-    judge = judged(monkeypatch, torch.zeros(3, 3, 4, dtype=torch.float64), labels)
-    seen = []
-
-    def watched(statistics, *_, **__):
-        seen.append(statistics.mean_matrix())
-        return torch.zeros(4)
-
-    monkeypatch.setattr(fallback, "held_out_hits", watched)
-    judge.anchor.offsets = {1: torch.tensor([5.0])}
-    features = labels.float()[None, :, None]
-    judge.weigh(known([0.0], [7.0], [0.0]), features, features, labels)
-    alone, newest, oldest = (means.flatten().tolist() for means in seen)
-    assert alone == [0, 0, 0] and newest == oldest == [0, 2, 0]
-
-
 def test_classes_that_come_back_are_no_evidence(scenario, monkeypatch):  # noqa: F811
     method = begun(scenario, strong())
     for task in scenario:

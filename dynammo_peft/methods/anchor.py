@@ -27,8 +27,6 @@ class Anchor:
     where these maps were wrong, before an adapter is trained on them: the path through all of them says where the
     images' features should be, given those under the first adapter, and the merged adapter says where they are.
 
-    What that corrects is kept apart from the path, for [`Fallback`] judges without it.
-
     Args:
         method (`Dynammo`): The method.
         merged (`str`): Name of the merged adapter.
@@ -37,8 +35,6 @@ class Anchor:
         statistics (`ClassStatistics`): Of all classes under the first adapter.
         path (`Optional[Tensor]`): The map from features under the first adapter to those under the merged one, in its
             last row what is added, `(C + 1, C)`; `None` as long as one adapter is merged.
-        correction (`Optional[Tensor]`): What to add to the path, `(C + 1, C)`; `None` as long as nothing is corrected.
-        offsets (`dict[int, Tensor]`): What was added to the mean of each class under the merged adapter, `(C,)`.
         tasks (`dict[int, int]`): Number of the task, from 1, in which each class came.
     """
 
@@ -47,8 +43,6 @@ class Anchor:
         self.merged = merged
         self.statistics = ClassStatistics("shared", method.arguments.covariance_rank)
         self.path: Optional[Tensor] = None
-        self.correction: Optional[Tensor] = None
-        self.offsets: dict[int, Tensor] = {}
         self.tasks: dict[int, int] = {}
 
     def state(self) -> dict[str, Tensor]:
@@ -57,10 +51,6 @@ class Anchor:
         tensors["tasks"] = torch.tensor([self.tasks[label] for label in self.statistics.classes])
         if self.path is not None:
             tensors["path"] = self.path
-        if self.correction is not None:
-            nothing = torch.zeros(self.correction.shape[1], dtype=torch.float64)
-            offsets = [self.offsets.get(label, nothing) for label in self.statistics.classes]
-            tensors |= {"correction": self.correction, "offsets": torch.stack(offsets)}
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -77,8 +67,7 @@ class Anchor:
             )
         self.statistics.restore(under("statistics.", tensors))
         self.tasks = dict(zip(self.statistics.classes, tensors["tasks"].tolist()))
-        self.path, self.correction = tensors.get("path"), tensors.get("correction")
-        self.offsets = dict(zip(self.statistics.classes, tensors.get("offsets", ())))
+        self.path = tensors.get("path")
 
     def features(self, images: LabelledImages) -> Tensor:
         """Features of images under the first adapter, `(V, N, C)`."""
@@ -100,11 +89,7 @@ class Anchor:
 
     def take_in(self, features: Tensor, labels: Tensor) -> None:
         """Updates the statistics by features under the first adapter, `(V, N, C)`, of images with labels `(N,)`."""
-        known = dict(self.statistics.counts)
         self.statistics.update(features, labels)
-        for label in self.offsets:
-            # In the mean of a class that came back, what is measured needs no correction.
-            self.offsets[label] = self.offsets[label] * known[label] / self.statistics.counts[label]
         for label in self.statistics.classes:
             self.tasks.setdefault(label, len(self.method.adapters))
 
@@ -116,20 +101,10 @@ class Anchor:
             path = self.path.double() @ step.weight
             path[-1] += step.bias
         self.path = path.float()
-        if self.correction is not None:
-            self.correction = (self.correction.double() @ step.weight).float()
-        self.offsets = {label: offset @ step.weight for label, offset in self.offsets.items()}
 
     def moved(self, features: Tensor) -> Tensor:
         """Where features under the first adapter, `(V, N, C)`, are thought to be under the merged one."""
         return features @ self.path[:-1] + self.path[-1]
-
-    def uncorrected(self, merged: ClassStatistics) -> ClassStatistics:
-        """Statistics under the merged adapter as they would be had nothing been corrected."""
-        plain = merged.copy()
-        for label, offset in self.offsets.items():
-            plain.means[label] = plain.means[label] - offset
-        return plain
 
     def shares(self, features: Tensor, labels: Tensor) -> Tensor:
         """How far what the path is wrong by for images of new classes holds for each class known so far.
@@ -152,7 +127,7 @@ class Anchor:
         return alike * torch.tensor(since, dtype=alike.dtype)
 
     def correct(self, merged: ClassStatistics, first: Tensor, found: Tensor, labels: Tensor) -> None:
-        """Corrects the means of old classes by images of new classes that no adapter was trained on.
+        """Corrects the path, and the means of old classes, by images of new classes that no adapter was trained on.
 
         Of what was wrong for these, an old class takes its [share][Anchor.shares].
 
@@ -166,14 +141,12 @@ class Anchor:
         if count < 2:
             # The merge of one adapter is that adapter: there is no path yet.
             return
-        known = torch.zeros_like(self.path) if self.correction is None else self.correction
-        expected = self.moved(first) + first @ known[:-1] + known[-1]
-        correction = fit_correction(first.flatten(0, 1), (found - expected).flatten(0, 1), labels.repeat(len(first)))
+        errors = found - self.moved(first)
+        correction = fit_correction(first.flatten(0, 1), errors.flatten(0, 1), labels.repeat(len(first)))
         wrong = self._means() @ correction[:-1] + correction[-1]
         for label, share, error in zip(self.statistics.classes, self.shares(first, labels), wrong):
             merged.means[label] = merged.means[label] + share * error
-            self.offsets[label] = self.offsets.get(label, 0) + share * error
-        self.correction = (known.double() + correction).float()
+        self.path = (self.path.double() + correction).float()
 
     def _means(self) -> Tensor:
         """Of each class, `(N, C)`."""

@@ -26,14 +26,11 @@ class Fallback:
     - under the first adapter,
     - under the merged one, as the newest classes are: their means are measured,
     - under the merged one, as if they were as old as the first: their means are measured under the first adapter, and
-      moved through all merges since, by maps that were fitted without them.
+      moved through all merges since, by maps that were fitted, and without exemplars corrected, without them.
 
     What an old class loses is its [share][Anchor.shares] of what lies between the second and the third. The `k`-th
     merge changes a mean of adapters by `1 / k`, so the difference between both adapters grows about as `log(k)`, from
     none where one adapter is merged: the advantage of the merge is on the line through the differences of all tasks.
-
-    What later tasks correct of old classes ([`Anchor.correct`]) is left out: with it the merge is judged better than
-    it is.
 
     The first adapter is chosen unless the merge is better by more than a standard error of that, once there is
     something to judge by. What it is worth is known, since nothing is moved; a merge can lose classes altogether.
@@ -106,7 +103,7 @@ class Fallback:
         if count < 2 or not new.any():
             return
         own, solve = labels[new], self.method.analytic_heads
-        first, before, merged = first[:, new], before[:, new], self.anchor.uncorrected(merged)
+        first, before = first[:, new], before[:, new]
         hits = held_out_hits(alone, first, own, solve)
         newest = held_out_hits(merged, before, own, solve)
         oldest = held_out_hits(merged, before, own, solve, means=self.anchor.moved(first))
