@@ -214,10 +214,14 @@ def run_seed(
         method_cls = dp.METHODS[settings.method]
         arguments = {"memory_size": sequence.memory_size, "adapter_epochs": epochs, "seed": seed, **settings.arguments}
         model = AutoModelForImageClassification.from_pretrained(path)
+        usual = default_adapter(model)
+        if plain := _plain(row, usual):
+            print(f"{row}, {backbone}: is {plain}, left out", flush=True)
+            continue
         method = method_cls(
             model.to(memory_format=MEMORY_FORMAT.get(backbone, torch.preserve_format)),
             method_cls.arguments_cls(**arguments),
-            TASK_ADAPTERS[settings.adapter or default_adapter(model)](**settings.config),
+            TASK_ADAPTERS[settings.adapter or usual](**settings.config),
         )
         start = time.perf_counter()
         folder = adapters / "at_once" if settings.at_once else adapters
@@ -234,6 +238,12 @@ def run_seed(
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
+
+
+def _plain(row: str, usual: TaskAdapter) -> Optional[str]:
+    """The row that is the same as this one where these adapters are the backbone's default, if there is one."""
+    name = row.removeprefix(f"adapter={usual}").removeprefix(", ") or "default"
+    return name if name != row and name in ROWS and ROWS[name].adapter is None else None
 
 
 def _identity(line: dict[str, Any]) -> dict[str, Any]:

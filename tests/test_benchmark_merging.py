@@ -56,6 +56,14 @@ def test_rows_of_a_seed_share_adapters_and_are_run_once(benchmark, tmp_path):
     assert json.loads(out.read_text().splitlines()[0])["seed"] == 0
 
 
+def test_the_default_is_not_run_under_two_names(benchmark, tmp_path, capsys):
+    out = tmp_path / "merging.jsonl"
+    # LoRA is the default of a ViT; `acl` has convolutions, whatever the default is.
+    benchmark.run_seed("deit_tiny", "tiny_imagenet_40", 0, 1, ["adapter=lora", "adapter=lora, acl"], 0.0, out)
+    assert [line["row"] for line in benchmark.read(out)] == ["adapter=lora, acl"]
+    assert "adapter=lora, deit_tiny: is default, left out" in capsys.readouterr().out
+
+
 def test_own_images_become_a_sequence_for_each_division(benchmark, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
     (tmp_path / "data" / "tiny_imagenet_40").rename(tmp_path / "mine")
