@@ -380,8 +380,8 @@ def test_adapters_on_the_disk_may_have_moved(tmp_path, monkeypatch):
         (lambda path: path.write_text("{"), "is no checkpoint"),
         (lambda path: path.write_text("[]"), "is no checkpoint"),
         (
-            lambda path: path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 9')),
-            "format_version=9; this version reads 1",
+            lambda path: path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 9')),
+            "format_version=9; this version reads 2",
         ),
         (lambda path: part_of(path).write_bytes(b"nothing"), "is damaged; resume from"),
         (lambda path: part_of(path).unlink(), "lacks"),

@@ -15,7 +15,7 @@ from typing import Any, Union
 import torch
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAME = re.compile(r"checkpoint-(\d+)\.json")
 
 
