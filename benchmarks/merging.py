@@ -92,23 +92,25 @@ class Row:
 
 # The paper's recipe on the adapters of ACL and of what is compared below: its own, wider ones would be another budget.
 PAPER_CONFIG = {"feature_modules": [], "scoring": "min_others"}
-PAPER_ARGUMENTS = {"heads": "exemplars", "feature_views": 1, "exemplars_as_others": True}
+PAPER_ARGUMENTS = {"heads": "exemplars", "feature_views": 1, "exemplars_as_others": True, "merge": "linear"}
+# The mean of all adapters, instead of half way to it.
+MEAN = {"merge_options": {"first_share": 0.0}}
 CHOICES: dict[str, Row] = {
     "default": Row(),
     "exemplar_free": Row(arguments={"memory_size": 0}),
-    "always merged": Row(arguments={"fall_back": False}),
-    "exemplar_free, always merged": Row(arguments={"fall_back": False, "memory_size": 0}),
+    "mean": Row(arguments=MEAN),
+    "exemplar_free, mean": Row(arguments={"memory_size": 0, **MEAN}),
     "first_session": Row(arguments={"first_session": True}),
 }
 BOUNDS: dict[str, Row] = {"joint": Row("joint", at_once=True), "joint, heads=lda": Row(at_once=True)}
-# Heads, merges and the training of adapters, each against "adapter=conv, always merged".
+# Heads, merges and the training of adapters, each against "adapter=conv, mean".
 COMPARED: dict[str, Row] = {
-    "heads=ridge": Row(arguments={"heads": "ridge", "fall_back": False}),
-    "heads=gaussians": Row(arguments={"heads": "gaussians"}),
-    "heads=exemplars": Row(arguments={"heads": "exemplars"}),
-    "heads=lda, last layer": Row(arguments={"fall_back": False}, config={"feature_modules": []}),
-    "heads=gaussians, last layer": Row(arguments={"heads": "gaussians"}, config={"feature_modules": []}),
-    "heads=exemplars, last layer": Row(arguments={"heads": "exemplars"}, config={"feature_modules": []}),
+    "heads=ridge": Row(arguments={"heads": "ridge", **MEAN}),
+    "heads=gaussians": Row(arguments={"heads": "gaussians", **MEAN}),
+    "heads=exemplars": Row(arguments={"heads": "exemplars", **MEAN}),
+    "heads=lda, last layer": Row(arguments=MEAN, config={"feature_modules": []}),
+    "heads=gaussians, last layer": Row(arguments={"heads": "gaussians", **MEAN}, config={"feature_modules": []}),
+    "heads=exemplars, last layer": Row(arguments={"heads": "exemplars", **MEAN}, config={"feature_modules": []}),
     "merge=ties": Row(arguments={"merge": "ties", "merge_options": {"density": 0.5}}),
     "merge=dare_linear": Row(arguments={"merge": "dare_linear", "merge_options": {"density": 0.5}}),
     "merge=dare_ties": Row(arguments={"merge": "dare_ties", "merge_options": {"density": 0.5}}),
@@ -121,13 +123,11 @@ COMPARED: dict[str, Row] = {
     "learned_weights=layer": Row(arguments={"learned_weights": "layer"}),
     "learned_weights=channel": Row(arguments={"learned_weights": "channel"}),
     "learned_weights=layer, entropy": Row(arguments={"learned_weights": "layer", "weights_objective": "entropy"}),
-    "exemplars_as_others": Row(arguments={"exemplars_as_others": True, "fall_back": False}),
-    "feature_distillation": Row(arguments={"feature_distillation": 10.0, "fall_back": False}),
-    "exemplar_free, feature_distillation": Row(
-        arguments={"memory_size": 0, "feature_distillation": 10.0, "fall_back": False}
-    ),
+    "exemplars_as_others": Row(arguments={"exemplars_as_others": True, **MEAN}),
+    "feature_distillation": Row(arguments={"feature_distillation": 10.0, **MEAN}),
+    "exemplar_free, feature_distillation": Row(arguments={"memory_size": 0, "feature_distillation": 10.0, **MEAN}),
     "exemplar_free, first_session": Row(arguments={"memory_size": 0, "first_session": True}),
-    "recalibrate": Row(arguments={"recalibrate": True, "fall_back": False}),
+    "recalibrate": Row(arguments={"recalibrate": True, **MEAN}),
 }
 
 
@@ -144,12 +144,14 @@ ROWS: dict[str, Row] = {
     **BOUNDS,
     **_on("conv", {**CHOICES, **BOUNDS}),
     **_on("lora", {**CHOICES, "acl": Row("acl", forward_passes="T")}),
-    "adapter=lora, last layer": Row(arguments={"fall_back": False}, config={"feature_modules": []}, adapter="lora"),
+    "adapter=lora, merge=cat": Row(arguments={"merge": "cat"}, adapter="lora"),
+    "adapter=lora, exemplar_free, merge=cat": Row(arguments={"memory_size": 0, "merge": "cat"}, adapter="lora"),
+    "adapter=lora, last layer": Row(config={"feature_modules": []}, adapter="lora"),
     **{name: replace(row, adapter="conv") for name, row in COMPARED.items()},
 }
 CORE = ("acl", "paper", "default", "exemplar_free", "first_session", "joint")
 # Of the table of all backbones and sequences.
-TABLE = ("acl", "paper", "default", "exemplar_free", "always merged", "exemplar_free, always merged")
+TABLE = ("acl", "paper", "default", "exemplar_free", "mean", "exemplar_free, mean")
 TABLE += ("first_session", "joint", "joint, heads=lda")
 
 

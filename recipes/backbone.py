@@ -10,8 +10,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from dynammo_peft import DynammoConfig, DynammoLoraConfig
 from dynammo_peft.data import resized_image_processor
-from dynammo_peft.methods.adapters import AdapterMethod
-from dynammo_peft.tuner import HeadConfig
+from dynammo_peft.tuner import HeadConfig, default_adapter
 from dynammo_peft.tuner.architectures import TaskAdapter
 from dynammo_peft.tuner.flips import Flip
 from dynammo_peft.tuner.head_config import Preset, Scoring
@@ -85,14 +84,12 @@ def load_model(args: ModelArguments) -> tuple[transformers.PreTrainedModel, Any]
     return model, resized_image_processor(processor, args.image_size) if args.image_size else processor
 
 
-def choose_adapter(
-    args: ModelArguments, method: type[AdapterMethod], method_args: Any, model: transformers.PreTrainedModel
-) -> TaskAdapter:
+def choose_adapter(args: ModelArguments, model: transformers.PreTrainedModel) -> TaskAdapter:
     """The kind of task adapters, which follows from the model and from options of one kind unless it is given."""
     if args.adapter is not None:
         return args.adapter
     convolutional = args.preset == "paper" or args.reduction_factor is not None
-    return "conv" if convolutional else method.default_adapter(model, method_args)
+    return "conv" if convolutional else default_adapter(model)
 
 
 def adapter_config(args: ModelArguments) -> HeadConfig:

@@ -246,7 +246,7 @@ def run(argv: list[str]) -> tuple[Method, Results]:
     model, image_processor = load_model(model_args)
     with accelerator.main_process_first():
         scenario = load_scenario(data_args, image_processor, progress=accelerator.is_main_process)
-    model_args.adapter = choose_adapter(model_args, METHODS[args.method], method_args, model)
+    model_args.adapter = choose_adapter(model_args, model)
     method = METHODS[args.method](model, method_args, adapter_config(model_args))
     method_options = {**asdict(model_args), **asdict(data_args), **asdict(method_args)}
     options = {**without_hub(asdict(args)), **method_options}
@@ -298,13 +298,10 @@ def finish(
         f"model's {cost['multiply_adds_base'] / 1e6:.1f} M{in_the_weights}; {cost['parameters'] / 1e6:.2f} M "
         f"parameters against {cost['parameters_base'] / 1e6:.2f} M"
     )
-    fell_back = getattr(method, "fell_back", False)
-    if fell_back:
-        print("The first task's adapter is in the merged one's place, which is not expected to classify better.")
     adapters = list(method.model.peft_config) if args.save_task_adapters else method.inference_adapters
     trained_backbone = model_args.model_name_or_path is None or getattr(method_args, "train_backbone", False)
     save_model(method.model, args.output_dir, adapters, image_processor, save_backbone=trained_backbone)
-    results.save(Path(args.output_dir) / "results.json", options=options, cost=cost, fell_back=fell_back)
+    results.save(Path(args.output_dir) / "results.json", options=options, cost=cost)
     print(f"Saved to {args.output_dir}: {', '.join(adapters)}")
     return cost
 

@@ -106,7 +106,6 @@ def publish(
         form=args.hub_form,
         tasks=results.groups,
         method=args.method,
-        fell_back=bool(getattr(method, "fell_back", False)),
         options=options,
         metrics=results.metrics(),
         evaluation_data=name,

@@ -57,7 +57,7 @@ def anchored(count):
     """An anchor, and a method that has merged `count` adapters."""
     method = Dynammo(tiny_model("vit"), arguments(memory_size=0))
     method.adapters = [f"task_{index:03d}" for index in range(count)]
-    return method, Anchor(method, "merged")
+    return method, Anchor(method)
 
 
 def test_the_path_goes_through_all_merges():
@@ -143,8 +143,7 @@ def test_nothing_is_wrong_before_two_adapters_are_merged():
 
 
 @pytest.mark.parametrize("memory_size", [0, 10])
-@pytest.mark.parametrize("fall_back", [False, True])
-def test_without_exemplars_new_images_correct_old_classes(scenario, monkeypatch, memory_size, fall_back):  # noqa: F811
+def test_without_exemplars_new_images_correct_old_classes(scenario, monkeypatch, memory_size):  # noqa: F811
     seen = []
     correct = Anchor.correct
 
@@ -153,14 +152,14 @@ def test_without_exemplars_new_images_correct_old_classes(scenario, monkeypatch,
         correct(self, merged, first, found, labels)
 
     monkeypatch.setattr(Anchor, "correct", watched)
-    method = begun(scenario, strong(), feature_views=1, memory_size=memory_size, fall_back=fall_back)
+    method = begun(scenario, strong(), feature_views=1, memory_size=memory_size)
     for task in (scenario[0], scenario[1]):
         learn_nothing(method, task)
     seen.clear()
     images = scenario[2].train
     first, found = method.features(images, "task_000"), method.features(images, "merged")
     learn_nothing(method, scenario[2])
-    assert (method.anchor is not None) == (fall_back or memory_size == 0)
+    assert (method.anchor is not None) == (memory_size == 0)
     if memory_size:
         assert seen == []
         return
@@ -170,9 +169,9 @@ def test_without_exemplars_new_images_correct_old_classes(scenario, monkeypatch,
 
 
 def test_a_state_learned_without_it_is_told(scenario):  # noqa: F811
-    method = begun(scenario, strong(), fall_back=False, memory_size=10)
+    method = begun(scenario, strong(), memory_size=10)
     learn_nothing(method, scenario[0])
-    again = begun(scenario, strong(), fall_back=False, memory_size=0)
+    again = begun(scenario, strong(), memory_size=0)
     again.model = method.model
-    with pytest.raises(ValueError, match="memory_size=0 needs .* learned without; set a memory_size and fall_back"):
+    with pytest.raises(ValueError, match="memory_size=0 needs .* learned without; set a memory_size"):
         again.restore(*method.state())

@@ -45,8 +45,8 @@ def test_rows_of_a_seed_share_adapters_and_are_run_once(benchmark, tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "adapters").rglob("*.safetensors")}
     # Of two tasks by ACL, which trains with exemplars, and by the default. The joint one is of no use to others.
     assert len(kept) == 4
-    lines = run("acl", "always merged", "first_session", "joint")
-    assert [line["row"] for line in lines] == ["acl", "default", "joint", "always merged", "first_session"]
+    lines = run("acl", "mean", "first_session", "joint")
+    assert [line["row"] for line in lines] == ["acl", "default", "joint", "mean", "first_session"]
     found = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "adapters").rglob("*.safetensors")}
     assert found == kept
     # All classes as one task: an adapter of its own.

@@ -231,14 +231,6 @@ def test_what_could_not_be_computed_or_is_no_number_stays_out():
     assert table_with(rendered(card), "", "task 1", "task 2")[1] == ["after task 2", "", "25.0"]
 
 
-@pytest.mark.parametrize("fell_back", [False, True])
-def test_it_says_which_adapter_is_used(fell_back):
-    text = model_card(facts(method="dynammo", fell_back=fell_back)).text
-    assert ("The first task's adapter is used for all classes" in text) == fell_back
-    assert ("The adapters are merged into one, so that" in text) != fell_back
-    assert "the same after any number of tasks." in text
-
-
 def test_without_facts_nothing_is_made_up():
     card = model_card(CardFacts(name="cells", form="stock", tasks=[["a"]]))
     text = card.text

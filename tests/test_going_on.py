@@ -305,7 +305,7 @@ def test_bad_scenarios(make, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 1}, "learning_state.json has format_version=1; this version reads 2"),
+        ({"format_version": 1}, "learning_state.json has format_version=1; this version reads 3"),
         ({"method": "magic"}, "method='magic'"),
         ({"adapters": []}, "no usable adapters"),
         ({"arguments": {"speed": 3}}, "option 'speed' does not exist"),

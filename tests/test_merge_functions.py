@@ -10,6 +10,7 @@ from peft.utils import merge_utils
 from dynammo_peft.merging import (
     COMBINATIONS,
     Slot,
+    anchored_mean,
     average_statistics,
     check_weights,
     combine,
@@ -21,6 +22,7 @@ from dynammo_peft.merging import (
     magnitude_prune,
     merge_function,
     regmean,
+    running_anchored_mean,
     running_mean,
     ties,
     uniform,
@@ -63,6 +65,32 @@ def test_means_that_take_no_weights():
         merged = running_mean([merged, newest], torch.ones(2), count=count)
     assert_same(merged, mean)
     assert_same(running_mean([uniform(adapters[:2], torch.ones(2)), *adapters[2:]], torch.ones(3), count=2), mean)
+
+
+@pytest.mark.parametrize("first_share", [0.0, 0.3, 1.0])
+def test_anchored_mean_is_between_the_first_and_the_mean_of_all(first_share):
+    adapters = random_adapters(4)
+    expected = {
+        key: first_share * adapters[0][key] + (1 - first_share) * sum(own[key] for own in adapters) / 4
+        for key in SHAPES
+    }
+    assert_same(anchored_mean(adapters, torch.ones(4), first_share=first_share), expected)
+    # One after the other, as the tasks come; or several at once.
+    merged = adapters[0]
+    for count, newest in enumerate(adapters[1:], start=1):
+        steps = [merged, adapters[0], newest]
+        merged = running_anchored_mean(steps, torch.ones(3), count=count, first_share=first_share)
+    assert_same(merged, expected)
+    merged = running_anchored_mean([adapters[0], *adapters], torch.ones(5), count=1, first_share=first_share)
+    assert_same(merged, expected)
+
+
+def test_anchored_mean_goes_half_way():
+    adapters = random_adapters(2)
+    expected = {key: 0.75 * adapters[0][key] + 0.25 * adapters[1][key] for key in SHAPES}
+    assert_same(anchored_mean(adapters, torch.ones(2)), expected)
+    with pytest.raises(ValueError, match="takes what was merged so far, the first adapter and new ones, got 2"):
+        running_anchored_mean(adapters, torch.ones(2), count=1)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.7, 1.0])
@@ -313,6 +341,7 @@ OPTIONS = {
     "fisher": {"fisher": [{key: torch.ones(shape) for key, shape in SHAPES.items()}] * 2},
     "regmean": {"grams": [{}] * 2},
     "running_mean": {"count": 1},
+    "running_anchored_mean": {"count": 1},
     "exponential_moving_average": {"decay": 0.5},
 }
 WEIGHTED = [name for name in COMBINATIONS if COMBINATIONS[name].proportions is None]
@@ -351,7 +380,7 @@ def test_which_weights_may_be_negative():
     assert len(WEIGHTED) == 7
 
 
-@pytest.mark.parametrize("name", ["uniform", "running_mean", "exponential_moving_average"])
+@pytest.mark.parametrize("name", ["uniform", "running_mean", "anchored_mean", "exponential_moving_average"])
 def test_means_that_take_no_weights_are_given_none(name):
     function = COMBINATIONS[name]
     message = (
@@ -400,6 +429,14 @@ def test_the_check_leaves_derivatives_alone():
         ("ties", {"density": 0.5, "base": {"conv": torch.ones(1)}}, r"base has no tensor 'conv' of shape \(4, 3, 2"),
         ("running_mean", {"count": 0}, "count=0 must be at least 1"),
         ("running_mean", {"count": "2"}, "count='2' must be at least 1"),
+        ("running_anchored_mean", {"count": 0}, "count=0 must be at least 1"),
+        (
+            "running_anchored_mean",
+            {"count": 2, "first_share": 2},
+            "first_share=2 must be between 0, the mean of all, an",
+        ),
+        ("anchored_mean", {"first_share": -0.1}, "first_share=-0.1 must be between 0, the mean of all, and 1"),
+        ("anchored_mean", {"first_share": None}, "first_share=None must be between"),
         ("exponential_moving_average", {"decay": "0.5"}, "decay='0.5' must be between 0 and 1"),
         ("exponential_moving_average", {"decay": 1.5}, "decay=1.5 must be between 0 and 1"),
         ("fisher", {"fisher": []}, "fisher holds 0 entries for 3 adapters"),

@@ -223,6 +223,10 @@ def test_any_method(name, through):
     for key, slot in slots.items():
         shares = [0.5, 0.75**0.5] if slot.kind.startswith("factor") else [0.25, 0.75]
         torch.testing.assert_close(merged[key], shares[0] * own[0][key] + shares[1] * own[1][key], msg=key)
+    # Factors too are averaged one by one.
+    merge_adapters(model, ["a0", "a1"], adapter_name="half_way", combination_type="anchored_mean")
+    for key, value in adapter_tensors(model, "half_way").items():
+        torch.testing.assert_close(value, 0.75 * own[0][key] + 0.25 * own[1][key], msg=key)
     # Of one adapter a copy: nothing of an adapter stays behind.
     merge_adapters(model, ["a1"], adapter_name="same", combination_type="uniform")
     logits = {}

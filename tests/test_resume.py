@@ -359,18 +359,19 @@ def test_a_checkpoint_of_another_folder(tmp_path, monkeypatch):
 
 def test_adapters_on_the_disk_may_have_moved(tmp_path, monkeypatch):
     whole = new_method(offload_adapters=str(tmp_path / "whole-adapters"))
-    expected = outcome(whole, learn(whole, tmp_path / "whole"))
-    interrupt(monkeypatch, 27)
+    one = {"classes_per_task": 1}
+    expected = outcome(whole, learn(whole, tmp_path / "whole", tasks(**one)))
+    interrupt(monkeypatch, 21)
     with pytest.raises(Interrupted):
-        learn(new_method(offload_adapters=str(tmp_path / "before")), tmp_path / "run")
+        learn(new_method(offload_adapters=str(tmp_path / "before")), tmp_path / "run", tasks(**one))
     monkeypatch.undo()
-    # Two tasks are behind it.
-    assert sorted(path.name for path in (tmp_path / "before").iterdir()) == ["task_000", "task_001"]
-    with pytest.raises(ValueError, match="nowhere' has an adapter 'task_000'"):
-        learn(new_method(offload_adapters=str(tmp_path / "nowhere")), tmp_path / "run", resume="latest")
+    # Three tasks are behind it; the first adapter and the newest are in the checkpoint too.
+    assert sorted(path.name for path in (tmp_path / "before").iterdir()) == ["task_000", "task_001", "task_002"]
+    with pytest.raises(ValueError, match="nowhere' has an adapter 'task_001'"):
+        learn(new_method(offload_adapters=str(tmp_path / "nowhere")), tmp_path / "run", tasks(**one), resume="latest")
     (tmp_path / "before").rename(tmp_path / "after")
     resumed = new_method(offload_adapters=str(tmp_path / "after"))
-    assert_same(outcome(resumed, learn(resumed, tmp_path / "run", resume="latest")), expected)
+    assert_same(outcome(resumed, learn(resumed, tmp_path / "run", tasks(**one), resume="latest")), expected)
     assert not (tmp_path / "before").exists()
 
 
@@ -380,8 +381,8 @@ def test_adapters_on_the_disk_may_have_moved(tmp_path, monkeypatch):
         (lambda path: path.write_text("{"), "is no checkpoint"),
         (lambda path: path.write_text("[]"), "is no checkpoint"),
         (
-            lambda path: path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 9')),
-            "format_version=9; this version reads 2",
+            lambda path: path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 9')),
+            "format_version=9; this version reads 3",
         ),
         (lambda path: part_of(path).write_bytes(b"nothing"), "is damaged; resume from"),
         (lambda path: part_of(path).unlink(), "lacks"),

@@ -460,11 +460,11 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(options, tmp_path):
             if task.index == index:
                 raise Interrupted
 
-        method = new_method(**options)
+        method = new_method(config, **options)
         learner = Learner(method, Accelerator(cpu=True), progress=False, checkpoints=Checkpoints(folder))
         with pytest.raises(Interrupted):
             learner.fit(scenario(), after_task=stop)
-        method = new_method(**options)
+        method = new_method(config, **options)
         learner = Learner(method, Accelerator(cpu=True), progress=False, checkpoints=Checkpoints(folder))
         results = learner.fit(scenario(), resume_from_checkpoint="latest")
         assert method.exemplar_rows == whole.exemplar_rows
@@ -476,7 +476,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(options, tmp_path):
             assert_equal_models(method.model, whole.model)
             assert {**results.state(), "seconds": 0} == {**expected.state(), "seconds": 0}
     other = [Checkpoints(folder)]
-    learner = Learner(new_method(**options), Accelerator(cpu=True), progress=False, checkpoints=other[0])
+    learner = Learner(new_method(config, **options), Accelerator(cpu=True), progress=False, checkpoints=other[0])
     with pytest.raises(ValueError, match="another run"):
         learner.fit(scenario(domains=["south", "north", "north"]), resume_from_checkpoint="latest")
 

@@ -65,7 +65,6 @@ def model_card(facts: CardFacts, picture: Optional[str] = None) -> ModelCard:
         title=escape(facts.name),
         form=facts.form,
         method=facts.method,
-        fell_back=facts.fell_back,
         class_count=len(facts.class_names),
         task_count=len(facts.tasks),
         has_base=facts.base_model is not None,

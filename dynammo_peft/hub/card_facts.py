@@ -54,7 +54,6 @@ class CardFacts:
         base_model_revision (`Optional[str]`): Its commit, tag or branch.
         base_model_license (`Optional[str]`): Its licence.
         method (`Optional[str]`): Name of the method, as `"dynammo"`.
-        fell_back (`bool`): Whether the first task's adapter took the merged one's place ([`Fallback`]).
         options (`Mapping[str, Any]`): The method's options. Those that are `None`, and those with a file or folder in
             them, are left out.
         metrics (`Optional[Mapping[str, Any]]`): What [`Results.metrics`] gives.
@@ -88,7 +87,6 @@ class CardFacts:
     base_model_revision: Optional[str] = None
     base_model_license: Optional[str] = None
     method: Optional[str] = None
-    fell_back: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     metrics: Optional[Mapping[str, Any]] = None
     evaluation_data: Optional[str] = None

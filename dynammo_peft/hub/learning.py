@@ -22,7 +22,7 @@ from .loading import find_file, from_pretrained, load_adapter
 
 
 STATE, TENSORS, EXEMPLARS = "learning_state.json", "learning_state.safetensors", "exemplars.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def save_learning_state(

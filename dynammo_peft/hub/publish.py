@@ -255,7 +255,6 @@ def _complete(
         )
     return replace(
         facts,
-        fell_back=facts.fell_back if method is None else getattr(method, "fell_back", False),
         unknown_score=form != "stock",
         exemplar_images=include_exemplars and len(method.memory) > 0,
         exemplar_indices=0 if method is None else len(method.exemplar_rows),

@@ -9,11 +9,13 @@ from .adapters import (
 from .backbones import merge_backbones
 from .curvature import diagonal_fisher, input_grams
 from .functions import (
+    anchored_mean,
     average_statistics,
     exponential_moving_average,
     fisher,
     linear,
     regmean,
+    running_anchored_mean,
     running_mean,
     uniform,
 )
@@ -47,6 +49,7 @@ __all__ = [
     "adapted_base",
     "adapter_slots",
     "adapter_tensors",
+    "anchored_mean",
     "average_adapters",
     "average_statistics",
     "check_weights",
@@ -70,6 +73,7 @@ __all__ = [
     "merge_into",
     "recalibrate",
     "regmean",
+    "running_anchored_mean",
     "running_mean",
     "set_adapter_tensors",
     "ties",

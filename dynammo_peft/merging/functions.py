@@ -18,6 +18,10 @@ from .adapters import AdapterTensors
 from .registry import check_weight_tensor, is_between, merge_function
 
 
+# Half way from the first adapter to the mean: chosen on validation images (docs/merging_log.md).
+FIRST_SHARE = 0.5
+
+
 def linear_tensor(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
     """`sum_i w_i * theta_i` of one tensor of each adapter, differentiable in `weights` `(T,)`."""
     return merge_utils.task_arithmetic(list(tensors), weights.to(tensors[0]))
@@ -79,11 +83,15 @@ def uniform(adapters: Sequence[AdapterTensors], weights: Tensor) -> AdapterTenso
     return linear(adapters, _equal(weights))
 
 
-def _running(weights: Tensor, *, count: int) -> Tensor:
+def _at_least_one(count: int) -> int:
     if not is_between(count, 1, math.inf):
         raise ValueError(f"count={count!r} must be at least 1: the number of adapters that the first stands for.")
+    return count
+
+
+def _running(weights: Tensor, *, count: int) -> Tensor:
     proportions = torch.ones_like(weights)
-    proportions[0] = count
+    proportions[0] = _at_least_one(count)
     return proportions / proportions.sum()
 
 
@@ -103,6 +111,80 @@ def running_mean(adapters: Sequence[AdapterTensors], weights: Tensor, *, count: 
         ValueError: If `count` is less than 1.
     """
     return linear(adapters, _running(weights, count=count))
+
+
+def _anchored(weights: Tensor, *, first_share: float = FIRST_SHARE) -> Tensor:
+    _check_first_share(first_share)
+    proportions = torch.full_like(weights, (1 - first_share) / len(weights))
+    proportions[0] += first_share
+    return proportions
+
+
+@merge_function(
+    averages=True,
+    proportions=_anchored,
+    running=lambda count: {"combination_type": "running_anchored_mean", "count": count},
+    running_first=True,
+)
+def anchored_mean(
+    adapters: Sequence[AdapterTensors], weights: Tensor, *, first_share: float = FIRST_SHARE
+) -> AdapterTensors:
+    """Between the first adapter and the mean of all: `first_share * theta_1 + (1 - first_share) * mean(theta)`.
+
+    Adapters that each start as a copy of the one before walk away from the first, and features of old classes with
+    them. On the way back to where one started, models are often better than at both ends (Wortsman et al. 2022,
+    https://arxiv.org/abs/2109.01903, whose `1 - alpha` is `first_share`).
+
+    Args:
+        adapters (`Sequence[AdapterTensors]`): The adapters' tensors, of the same names and shapes, the oldest first.
+        weights (`Tensor`): Ignored.
+        first_share (`float`): The share of the first adapter beside its part of the mean, which 0 gives.
+
+    Returns:
+        `AdapterTensors`: The merged tensors.
+
+    Raises:
+        ValueError: If `first_share` is not between 0 and 1.
+    """
+    return linear(adapters, _anchored(weights, first_share=first_share))
+
+
+def _running_anchored(weights: Tensor, *, count: int, first_share: float = FIRST_SHARE) -> Tensor:
+    _check_first_share(first_share)
+    proportions = torch.full_like(weights, 1 - first_share)
+    proportions[0], proportions[1] = _at_least_one(count), first_share * (len(weights) - 2)
+    return proportions / proportions.sum()
+
+
+@merge_function(averages=True, proportions=_running_anchored)
+def running_anchored_mean(
+    adapters: Sequence[AdapterTensors], weights: Tensor, *, count: int, first_share: float = FIRST_SHARE
+) -> AdapterTensors:
+    """The `anchored_mean` of many adapters of which only that so far, the first and the newest are there.
+
+    Args:
+        adapters (`Sequence[AdapterTensors]`): The adapter merged so far, the first of all, then the new ones.
+        weights (`Tensor`): Ignored.
+        count (`int`): Number of adapters that were merged so far.
+        first_share (`float`): As of `anchored_mean`.
+
+    Returns:
+        `AdapterTensors`: The merged tensors.
+
+    Raises:
+        ValueError: If there are fewer than three adapters, `count` is less than 1, or `first_share` is not between 0
+            and 1.
+    """
+    if len(adapters) < 3:
+        raise ValueError(
+            f"running_anchored_mean takes what was merged so far, the first adapter and new ones, got {len(adapters)}."
+        )
+    return linear(adapters, _running_anchored(weights, count=count, first_share=first_share))
+
+
+def _check_first_share(first_share: float) -> None:
+    if not is_between(first_share, 0, 1):
+        raise ValueError(f"first_share={first_share!r} must be between 0, the mean of all, and 1, the first adapter.")
 
 
 def _fading(weights: Tensor, *, decay: float) -> Tensor:

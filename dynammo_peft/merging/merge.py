@@ -13,6 +13,7 @@ from .adapters import (
     AdapterTensors,
     Slot,
     adapter_slots,
+    adapter_tensors,
     set_adapter_tensors,
     tensors_of_adapters,
 )
@@ -162,36 +163,49 @@ def merge_into(
     adapter: str,
     count: int,
     combination_type: str = "linear",
+    first: Optional[str] = None,
     **options: Any,
 ) -> None:
     """
     Takes one more adapter into a merged one, which becomes what a merge of all adapters at once would be.
 
-    Of the adapters merged before none is needed any more. Time and memory do not depend on how many there were. The
-    merged adapter is changed in place: it stays active, if it was, and what is trained stays so.
+    Of the adapters merged before none is needed any more, but for `"anchored_mean"` the first. Time and memory do not
+    depend on how many there were. The merged adapter is changed in place: it stays active, if it was, and what is
+    trained stays so.
 
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
         merged (`str`): Name of the adapter merged so far, by the same function, with equal weights.
         adapter (`str`): Name of the adapter to take in; left as it is.
         count (`int`): How many adapters `merged` was made of.
-        combination_type (`str`): `"linear"` (their mean), `"uniform"` or `"exponential_moving_average"`.
+        combination_type (`str`):
+            `"linear"` (their mean), `"uniform"`, `"anchored_mean"` or `"exponential_moving_average"`.
+        first (`Optional[str]`): Name of the first adapter that was merged, for `"anchored_mean"`.
         options: Keyword-only arguments of that function, as `decay`.
 
     Raises:
-        ValueError: If the function needs all adapters at once, or an adapter does not exist or is built differently.
+        ValueError: If the function needs all adapters at once, or the first one and it is not given, or an adapter
+            does not exist or is built differently.
     """
     function = check_runs(combination_type)
     function.check_options(options)
     if count < 1:
         raise ValueError(f"count={count} must be at least 1: the number of adapters that {merged!r} was made of.")
-    check_mergeable(model, [merged, adapter])
+    if function.running_first and first is None:
+        raise ValueError(f"combination_type={combination_type!r} needs the first adapter too; give first=.")
+    adapters = [merged, *([first] if function.running_first else []), adapter]
+    check_mergeable(model, adapters)
     arguments = function.running(count)
     function = find_combination(arguments.pop("combination_type", combination_type))
     weights = arguments.pop("weights", None)
     slots = adapter_slots(model, merged)
-    scalings = scalings_of(model, slots, [merged, adapter])
-    tensors = _merged_tensors(model, slots, scalings, [merged, adapter], weights, function, {**options, **arguments})
+    scalings = scalings_of(model, slots, adapters)
+    tensors = _merged_tensors(model, slots, scalings, adapters, weights, function, {**options, **arguments})
+    if len(adapters) > 2:
+        # What was merged so far has counted the first one's batches already.
+        for key, tensor in adapter_tensors(model, first).items():
+            if slots[key].kind == "statistic" and not tensor.is_floating_point():
+                tensors[key] -= tensor
     tuner = tuner_of(model)
     if hasattr(tuner, "append_heads"):
         tuner.append_heads(merged, adapter)

@@ -39,6 +39,7 @@ class MergeFunction:
         running (`Optional[Callable]`):
             For a function that can take adapters in one by one: of the number of adapters merged so far, the arguments
             of [`merge_adapters`] that merge the result so far and one more adapter into the result of all.
+        running_first (`bool`): Whether that takes the first adapter of all too, between these two.
     """
 
     name: str
@@ -48,6 +49,7 @@ class MergeFunction:
     proportions: Optional[Callable[..., Tensor]] = None
     per_adapter: Optional[str] = None
     running: Optional[Callable[[int], dict[str, Any]]] = None
+    running_first: bool = False
 
     def __call__(self, adapters: Sequence[AdapterTensors], weights: Tensor, **options: Any) -> AdapterTensors:
         return self.function(adapters, weights, **options)

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from ..data import ClassIncrementalScenario, LabelledImages
 from ..data.memory import Selection
 from ..tuner import TASK_ADAPTERS, HeadConfig, default_adapter
-from ..tuner.architectures import TaskAdapter
 from ..tuner.head_config import check_choice
 from .base import Method, MethodArguments, Optimization, Optimizer, Schedule
 from .offload import AdapterFolder
@@ -82,7 +81,7 @@ class AdapterMethod(Method):
         model (`PreTrainedModel`): The pretrained image classifier.
         arguments (`AdapterMethodArguments`): Options of the training.
         config (`Optional[HeadConfig]`): The adapters' configuration; its `classes` are filled in. If `None`, one that
-            suits the model and the options (`default_adapter`).
+            suits the model ([`~dynammo_peft.tuner.default_adapter`]).
     """
 
     arguments_cls = AdapterMethodArguments
@@ -97,8 +96,7 @@ class AdapterMethod(Method):
         config: Optional[HeadConfig] = None,
     ) -> None:
         super().__init__(model, arguments)
-        kind = self.default_adapter(model, self.arguments)
-        self.config = config if config is not None else TASK_ADAPTERS[kind]()
+        self.config = config if config is not None else TASK_ADAPTERS[default_adapter(model)]()
         if self.config.feature_modules is None and not self.reads_layers:
             self.config = replace(self.config, feature_modules=[])
         asked = self.arguments.standardise_features
@@ -108,16 +106,6 @@ class AdapterMethod(Method):
         self.folder: Optional[AdapterFolder] = None
         check_choice("adapter_init", self.arguments.adapter_init, AdapterInit)
         self.optimization = {stage: self.arguments.optimization(stage) for stage in ("adapter", "head")}
-
-    @classmethod
-    def default_adapter(cls, model: PreTrainedModel, arguments: AdapterMethodArguments) -> TaskAdapter:
-        """The kind of task adapters where no configuration is given; see [`~dynammo_peft.tuner.default_adapter`].
-
-        Args:
-            model (`PreTrainedModel`): The pretrained image classifier.
-            arguments (`AdapterMethodArguments`): The method's options.
-        """
-        return default_adapter(model)
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         super().begin(scenario, accelerator)

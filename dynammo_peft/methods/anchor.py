@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..data import AffineMap, ClassStatistics, LabelledImages, fit_correction
-from ..merging import adapter_tensors, set_adapter_tensors
 from .state import under
 
 
@@ -28,8 +27,7 @@ class Anchor:
     images' features should be, given those under the first adapter, and the merged adapter says where they are.
 
     Args:
-        method (`Dynammo`): The method.
-        merged (`str`): Name of the merged adapter.
+        method (`Dynammo`): The method, whose first adapter stays in the model.
 
     Attributes:
         statistics (`ClassStatistics`): Of all classes under the first adapter.
@@ -38,9 +36,8 @@ class Anchor:
         tasks (`dict[int, int]`): Number of the task, from 1, in which each class came.
     """
 
-    def __init__(self, method: Dynammo, merged: str) -> None:
+    def __init__(self, method: Dynammo) -> None:
         self.method = method
-        self.merged = merged
         self.statistics = ClassStatistics("shared", method.arguments.covariance_rank)
         self.path: Optional[Tensor] = None
         self.tasks: dict[int, int] = {}
@@ -60,10 +57,9 @@ class Anchor:
             ValueError: If there is nothing of it.
         """
         if "tasks" not in tensors:
-            free = self.method.arguments.memory_size == 0
             raise ValueError(
-                f"{'memory_size=0' if free else 'fall_back'} needs what is known under the first adapter, and this "
-                f"was learned without; set {'a memory_size and ' if free else ''}fall_back=False."
+                "memory_size=0 needs what is known under the first adapter, and this was learned without; set a "
+                "memory_size."
             )
         self.statistics.restore(under("statistics.", tensors))
         self.tasks = dict(zip(self.statistics.classes, tensors["tasks"].tolist()))
@@ -71,21 +67,7 @@ class Anchor:
 
     def features(self, images: LabelledImages) -> Tensor:
         """Features of images under the first adapter, `(V, N, C)`."""
-        method, name = self.method, self.method.adapters[0]
-        if name in method.model.peft_config:
-            return method.features(images, name, method.views)
-        # It is on the disk: it takes the merged one's place for a while.
-        merge = self.take_place()
-        features = method.features(images, self.merged, method.views)
-        set_adapter_tensors(method.model, self.merged, merge)
-        return features
-
-    def take_place(self) -> dict[str, Tensor]:
-        """Puts the first adapter in the merged one's place, and returns a copy of what was there."""
-        own = adapter_tensors(self.method.model, self.merged)
-        merge = {key: tensor.detach().cpu().clone() for key, tensor in own.items()}
-        self.method.merging.first_alone(self.method.adapters, self.merged)
-        return merge
+        return self.method.features(images, self.method.adapters[0], self.method.views)
 
     def take_in(self, features: Tensor, labels: Tensor) -> None:
         """Updates the statistics by features under the first adapter, `(V, N, C)`, of images with labels `(N,)`."""

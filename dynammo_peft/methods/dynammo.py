@@ -13,14 +13,12 @@ from transformers import PreTrainedModel
 
 from ..data import ClassIncrementalScenario, ClassStatistics, LabelledImages, Task, choose_ridge, fit_affine_map
 from ..tuner import HeadConfig
-from ..tuner.architectures import TaskAdapter
 from ..tuner.heads import set_class_logits
 from ..tuner.modes import adapter_instead
 from .analytic import ANALYTIC_HEADS
 from .anchor import Anchor
 from .base import Stage
 from .dynammo_arguments import DynammoArguments, Heads
-from .fallback import Fallback
 from .merging import Merging
 from .offload import AdapterFolder
 from .state import under
@@ -36,8 +34,8 @@ class Dynammo(TwoStageMethod):
 
     Inference is one forward pass for any number of tasks. By default the heads are fitted in closed form to class
     statistics: mean and covariance of features of several layers, moved into the new feature space at each merge. With
-    `DynammoConfig(preset="paper")` they are trained on the exemplars. Unless the merged adapter is expected to
-    classify better than the first task's, that one takes its place until the next task ([`Fallback`]).
+    `DynammoConfig(preset="paper")` they are trained on the exemplars, and the merge is the plain mean; by default it
+    is half way between that and the first task's adapter ([`~dynammo_peft.merging.anchored_mean`]).
 
     Classes may come back in later tasks: their adapter joins the merge, their statistics and exemplars take the new
     images in, and they keep their place among the logits.
@@ -75,14 +73,9 @@ class Dynammo(TwoStageMethod):
             self.statistics = ClassStatistics(
                 "class" if self.heads == "gaussians" else "shared", options.covariance_rank
             )
-        anchored = options.fall_back or (options.memory_size == 0 and not options.first_session)
-        self.anchor: Optional[Anchor] = Anchor(self, MERGED) if anchored else None
-        self.fallback: Optional[Fallback] = Fallback(self.anchor) if options.fall_back else None
-
-    @classmethod
-    def default_adapter(cls, model: PreTrainedModel, arguments: DynammoArguments) -> TaskAdapter:
-        """As of `AdapterMethod`; convolutions where adapters are merged one by one, which is not done with LoRA."""
-        return super().default_adapter(model, arguments) if arguments.offload_adapters is None else "conv"
+        # Exemplars would show better where old classes are.
+        corrects = options.memory_size == 0 and not options.first_session
+        self.anchor: Optional[Anchor] = Anchor(self) if corrects else None
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         super().begin(scenario, accelerator)
@@ -110,15 +103,16 @@ class Dynammo(TwoStageMethod):
             for prefix, part in self._parts().items():
                 part.restore(under(f"{prefix}.", tensors))
         self.merging.restore(self.adapters, tensors)
+        first = self.adapters[0] if self.adapters else None
+        if self.folder is not None and first is not None and first not in self.model.peft_config:
+            self.model.load_adapter(self.folder.path / first, first)
 
-    def _parts(self) -> dict[str, Union[ClassStatistics, Anchor, Fallback]]:
+    def _parts(self) -> dict[str, Union[ClassStatistics, Anchor]]:
         """What is known of classes, by the prefix of its tensors in the state."""
-        parts = {"statistics": self.statistics, "anchor": self.anchor, "fallback": self.fallback}
+        parts = {"statistics": self.statistics, "anchor": self.anchor}
         return {prefix: part for prefix, part in parts.items() if part is not None}
 
     def learn(self, task: Task) -> Iterator[Stage]:
-        if self.fallback is not None:
-            self.fallback.put_back()
         yield from self._new_adapter(task)
         exemplars = self.memory.images()
         shown = task.train if exemplars is None else LabelledImages.concatenate([task.train, exemplars])
@@ -128,7 +122,9 @@ class Dynammo(TwoStageMethod):
         features = self.features(shown, MERGED, self.views)
         if moves:
             if self.anchor is not None:
-                self._compare_with_first(task, before[:, : len(task.train)])
+                first = self.anchor.features(task.train)
+                self.anchor.correct(self.statistics, first, before[:, : len(task.train)], task.train.labels)
+                self.anchor.take_in(first, task.train.labels)
             self._move_statistics(before, features, shown.labels)
         elif self.anchor is not None:
             # The merge of one adapter is that adapter.
@@ -138,27 +134,22 @@ class Dynammo(TwoStageMethod):
         features, of_exemplars = features.split([len(task.train), len(shown) - len(task.train)], dim=1)
         self.memory.update(task.train, features[0], of_exemplars[0])
         yield from self._fit_heads(task, heads, features)
-        if self.fallback is not None:
-            self.fallback.put_first()
         self.model.set_adapter(MERGED, inference_mode=True)
         if self.folder is not None:
             self.folder.keep(self.model, self.adapters[-1], self.accelerator)
 
     def add_adapter(self, name: str, class_names: list[str]) -> None:
-        """As of `AdapterMethod`; with `offload_adapters` older ones are taken out of the model."""
+        """As of `AdapterMethod`; with `offload_adapters` older ones are kept, all but the first out of the model."""
         super().add_adapter(name, class_names)
         if self.folder is not None:
-            for old in self.adapters[:-1]:
+            for old in self.adapters[1:-1]:
                 self.folder.take_out(self.model, old, self.accelerator)
+            if len(self.adapters) > 1:
+                self.folder.keep(self.model, self.adapters[0], self.accelerator)
 
     @property
     def inference_adapters(self) -> list[str]:
         return [MERGED]
-
-    @property
-    def fell_back(self) -> bool:
-        """Whether the first task's adapter is in the merged one's place now."""
-        return self.fallback is not None and bool(self.fallback.merge)
 
     def logits(self, images: Tensor) -> Tensor:
         return self.model(pixel_values=images).logits
@@ -196,17 +187,6 @@ class Dynammo(TwoStageMethod):
             for name, value in before.items():
                 heads.get_parameter(name)[: len(value)] = value
         return heads
-
-    def _compare_with_first(self, task: Task, before: Tensor) -> None:
-        """What a task's images, `before` under the adapter merged without it, tell beside the first adapter."""
-        labels = task.train.labels
-        first = self.anchor.features(task.train)
-        if self.fallback is not None:
-            self.fallback.weigh(self.statistics, first, before, labels)
-        if self.arguments.memory_size == 0:
-            # Exemplars would show better where old classes are.
-            self.anchor.correct(self.statistics, first, before, labels)
-        self.anchor.take_in(first, labels)
 
     def _move_statistics(self, before: Tensor, after: Tensor, labels: Tensor) -> None:
         """Moves the class statistics along with the features of the images at hand, `(V, N, C)`."""

@@ -18,8 +18,8 @@ Heads = Literal["lda", "ridge", "gaussians", "exemplars"]
 
 # What the configuration's preset fills in where the user has said nothing.
 PRESETS: dict[Preset, dict[str, Any]] = {
-    "default": {"heads": "lda", "feature_views": 2, "exemplars_as_others": False, "fall_back": True},
-    "paper": {"heads": "exemplars", "feature_views": 1, "exemplars_as_others": True, "fall_back": False},
+    "default": {"heads": "lda", "feature_views": 2, "exemplars_as_others": False},
+    "paper": {"heads": "exemplars", "feature_views": 1, "exemplars_as_others": True},
 }
 
 # The least value of options.
@@ -47,14 +47,6 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
     )
     first_session: bool = field(
         default=False, metadata={"help": "Train an adapter on the first task only; later tasks fit heads alone."}
-    )
-    fall_back: Optional[bool] = field(
-        default=None,
-        metadata={
-            "help": "Put the first task's adapter in the place of the merged one after each task, unless the merged "
-            "one is expected to classify better; needs heads in closed form. The default, but for a merge that is "
-            "asked for."
-        },
     )
     exemplars_as_others: Optional[bool] = field(
         default=None,
@@ -86,8 +78,8 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
     covariance_rank: Optional[int] = field(
         default=None,
         metadata={
-            "help": "Directions kept of each covariance, for wide features; exact if unset. With fall_back, or "
-            "without exemplars, maps of all features to all features are kept in any case."
+            "help": "Directions kept of each covariance, for wide features; exact if unset. Without exemplars a map "
+            "of all features to all features is kept in any case."
         },
     )
     samples_per_class: int = field(default=200, metadata={"help": "Features drawn of each class for 'gaussians'."})
@@ -107,12 +99,6 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
         filled._check_numbers()
         filled._check_heads(config)
         filled._check_training()
-        obstacle = filled._against_fall_back()
-        if self.fall_back and obstacle is not None:
-            raise ValueError(f"fall_back does not go with {obstacle}; leave one of them out.")
-        if self.fall_back is None:
-            # A merge that was asked for is kept.
-            filled.fall_back = filled.fall_back and obstacle is None and self.merge is None
         return filled
 
     def _check_numbers(self) -> None:
@@ -149,11 +135,3 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
                 "first_session trains one adapter only, so merge, learned_weights and feature_distillation would do "
                 "nothing; leave them out."
             )
-
-    def _against_fall_back(self) -> Optional[str]:
-        """The option beside which no other adapter can take the merged one's place, if any."""
-        if self.learns:
-            return f"learned_weights={self.learned_weights!r}"
-        if self.first_session:
-            return "first_session"
-        return f"heads={self.heads!r}" if self.heads not in ANALYTIC_HEADS else None

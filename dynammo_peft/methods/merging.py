@@ -14,14 +14,11 @@ from torch.utils.data import WeightedRandomSampler
 
 from ..data import ClassStatistics, LabelledImages, Task, data_loader
 from ..merging import (
-    AdapterTensors,
     adapter_tensors,
     gaussian_likelihood,
     learn_merge_weights,
     merge_into,
-    set_adapter_tensors,
 )
-from ..merging.optimization import seeded
 from ..merging.recalibration import recalibrate
 from ..merging.registry import COMBINATIONS, check_runs
 from ..merging.weighted_sums import WeightedCombination
@@ -36,6 +33,8 @@ Granularity = Literal["none", "task", "layer", "channel"]
 Objective = Literal["statistics", "labels", "entropy"]
 
 
+# Functions that merge by one adapter at a time, and those that merge the same all at once.
+RUNNING = {"running_mean": "uniform", "running_anchored_mean": "anchored_mean"}
 # Images a step, all of them on every process: what is measured must not depend on how many there are.
 BATCH_SIZE = 32
 
@@ -46,7 +45,11 @@ class MergingArguments:
 
     merge: Optional[str] = field(
         default=None,
-        metadata={"help": "Merge function, as 'ties' or 'fisher'; the mean ('linear', of LoRA 'cat') if unset."},
+        metadata={
+            "help": "Merge function, as 'ties' or 'fisher'. If unset, 'anchored_mean': half way from the first task's "
+            "adapter to the mean of all; with learned weights, preset='paper' or LoRA of adapter_init='random' the "
+            "mean ('linear', of LoRA 'cat')."
+        },
     )
     merge_options: Optional[str] = field(
         default=None, metadata={"help": "Options of the merge function: a mapping, as JSON, as '{\"density\": 0.5}'."}
@@ -73,8 +76,8 @@ class MergingArguments:
         default=None,
         metadata={
             "help": "Folder in which the adapters of old tasks are kept instead of in the model, so that memory and "
-            "time do not grow; for merges that take adapters in one by one: 'linear', 'uniform' and "
-            "'exponential_moving_average'."
+            "time do not grow; for merges that take adapters in one by one: 'anchored_mean', 'linear', 'uniform' "
+            "and 'exponential_moving_average'."
         },
     )
     recalibrate: bool = field(
@@ -102,13 +105,13 @@ class Merging:
         self.method = method
         self.arguments = method.arguments
         self.options = read_options(self.arguments.merge_options)
-        averaging = method.config.averaging
-        self.combination_type = averaging if self.arguments.merge is None else self.arguments.merge
-        check_choice("merge", self.combination_type, dict.fromkeys([averaging, *COMBINATIONS]))
-        if self.combination_type == "running_mean":
+        self.combination_type = self._default() if self.arguments.merge is None else self.arguments.merge
+        check_choice("merge", self.combination_type, dict.fromkeys([method.config.averaging, *COMBINATIONS]))
+        if self.combination_type in RUNNING:
+            whole = RUNNING[self.combination_type]
             raise ValueError(
-                "merge='running_mean' counts the first adapter as many, but all adapters are merged at once; choose "
-                "merge='uniform', their mean, with offload_adapters if they shall be taken in one by one."
+                f"merge={self.combination_type!r} counts the first adapter as many, but all adapters are merged at "
+                f"once; choose merge={whole!r}, with offload_adapters if they shall be taken in one by one."
             )
         # What PEFT alone has takes the options of a weighted sum: none.
         function = COMBINATIONS.get(self.combination_type, COMBINATIONS["linear"])
@@ -119,6 +122,14 @@ class Merging:
         self._check_learning()
         if self.arguments.offload_adapters is not None:
             self._check_offload()
+
+    def _default(self) -> str:
+        """The merge function if none is asked for."""
+        config = self.method.config
+        weighted = self.arguments.learns or config.preset == "paper"
+        # Factors of LoRA that were drawn one by one have nothing in common; only their products can be averaged.
+        unrelated = config.averaging == "cat" and self.arguments.adapter_init == "random"
+        return config.averaging if weighted or unrelated else "anchored_mean"
 
     def _check_learning(self) -> None:
         """Refuses options of learned weights that have bad values or do not go with the merge."""
@@ -172,7 +183,10 @@ class Merging:
         """
         options = dict(self.options)
         if self.arguments.offload_adapters is not None and len(adapters) > 1:
-            merge_into(self.method.model, merged, adapters[-1], len(adapters) - 1, self.combination_type, **options)
+            count = len(adapters) - 1
+            merge_into(
+                self.method.model, merged, adapters[-1], count, self.combination_type, first=adapters[0], **options
+            )
             self._recalibrate(merged, shown)
             return
         if self.measurements.kind is not None:
@@ -181,33 +195,10 @@ class Merging:
             # Each adapter started as a copy of an earlier one: what training changed is the difference to the first.
             first = adapter_tensors(self.method.model, adapters[0])
             options["base"] = {key: tensor.detach().clone() for key, tensor in first.items()}
-        if self.combination_type == "cat" and self.arguments.first_session:
-            # All adapters are copies of the first.
-            self.first_alone(adapters, merged)
-            return
         self.method.model.add_weighted_adapter(
             adapters, adapter_name=merged, combination_type=self.combination_type, **options
         )
         self._recalibrate(merged, shown)
-
-    def first_alone(self, adapters: list[str], merged: str) -> None:
-        """Makes the merged adapter do what the first of `adapters` does, and take no more rank than that one."""
-        if self.combination_type == "cat":
-            self._concatenate(adapters, merged, [1.0] + [0.0] * (len(adapters) - 1))
-        else:
-            self.method.copy_adapter(adapters[0], merged)
-
-    def put_back(self, adapters: list[str], merged: str, tensors: AdapterTensors) -> None:
-        """Undoes `first_alone`: gives the merge of `adapters` its tensors again; heads are left to be fitted anew."""
-        if self.combination_type == "cat":
-            # Its rank is that of the first alone.
-            self._concatenate(adapters, merged)
-        set_adapter_tensors(self.method.model, merged, tensors)
-
-    def _concatenate(self, adapters: list[str], merged: str, weights: Optional[list[float]] = None) -> None:
-        # A new adapter is drawn before it is filled: how later ones are trained shall not depend on that.
-        with seeded(self.method.model, self.arguments.seed):
-            self.method.model.add_weighted_adapter(adapters, weights, merged, combination_type="cat")
 
     def learn_weights(
         self, adapters: list[str], merged: str, shown: LabelledImages, statistics: Optional[ClassStatistics]

@@ -15,7 +15,7 @@ from typing import Any, Union
 import torch
 
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _NAME = re.compile(r"checkpoint-(\d+)\.json")
 
 
