@@ -621,6 +621,7 @@ def test_augmented_views_widen_the_statistics():
         ),
         ({"first_session": True, "learned_weights": "layer"}, {}, ["first_session", "would do nothing"]),
         ({"first_session": True, "merge": "uniform"}, {}, ["first_session", "would do nothing"]),
+        ({"first_session": True, "merge_options": {"first_share": 0}}, {}, ["first_session", "merge_options"]),
         ({"first_session": True, "feature_distillation": 1.0}, {}, ["first_session", "would do nothing"]),
         ({"heads": "knn"}, {}, ["heads='knn'", "'lda', 'ridge', 'gaussians', 'exemplars'"]),
         ({"merge": "slerp"}, {}, ["merge='slerp'", *map(repr, COMBINATIONS)]),

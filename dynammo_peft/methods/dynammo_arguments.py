@@ -130,8 +130,9 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
                 "Without exemplars merge weights would be learned on the newest classes alone; set memory_size, or "
                 "weights_objective='entropy'."
             )
-        if self.first_session and (self.learns or self.merge is not None or self.feature_distillation):
+        merges = self.merge is not None or self.merge_options or self.learns
+        if self.first_session and (merges or self.feature_distillation):
             raise ValueError(
-                "first_session trains one adapter only, so merge, learned_weights and feature_distillation would do "
-                "nothing; leave them out."
+                "first_session trains one adapter only, so merge, merge_options, learned_weights and "
+                "feature_distillation would do nothing; leave them out."
             )
