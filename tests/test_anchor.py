@@ -9,7 +9,7 @@ from tiny import tiny_model
 
 from dynammo_peft import Dynammo
 from dynammo_peft.data import AffineMap, ClassStatistics, fit_correction
-from dynammo_peft.methods.anchor import Anchor, likeness
+from dynammo_peft.methods.anchor import Anchor, class_means, interpolate, likeness, nearness
 
 
 def drawn(*shape, seed=0):
@@ -89,25 +89,56 @@ def test_old_classes_take_their_share_of_what_was_wrong():
     correction = fit_correction(first.flatten(0, 1), (first + 1).flatten(0, 1), labels.repeat(2))
     before = {label: mean.clone() for label, mean in merged.means.items()}
     anchor.correct(merged, first.float(), (2 * first + 1).float(), labels + 4)
-    new = torch.stack([first[:, labels == label].mean(dim=(0, 1)) for label in range(60)])
     # Each class was seen in five images, all the same.
-    alike = likeness(old, new, torch.zeros(3).double())
+    new, none = class_means(first, labels), torch.zeros(3).double()
+    alike, near = likeness(old, new, none), nearness(torch.cat([old, new]), none)
     assert alike.min() < 0.8
-    shares = [alike[label] * math.log(4 / (label + 1)) / math.log(4) for label in range(4)]
-    for share, (label, mean) in zip(shares, merged.means.items()):
-        whole = old[label] @ correction[:-1] + correction[-1]
+    # Old classes were where the path says, so that they told nothing of the new ones.
+    left = new + 1 - (new @ correction[:-1] + correction[-1])
+    own = interpolate(left, near[4:, 4:], near[4:, :4], 0.01)
+    for label, mean in merged.means.items():
+        whole = alike[label] * (old[label] @ correction[:-1] + correction[-1]) + own[label]
+        share = math.log(4 / (label + 1)) / math.log(4)
         torch.testing.assert_close(mean, before[label] + share * whole, atol=1e-3, rtol=1e-3)
     # The first task's class went all the way, the newest was measured after the last merge.
-    assert (merged.means[0] - true[0]).norm() < (before[0] - true[0]).norm()
+    assert (merged.means[0] - true[0]).norm() < 0.5 * (before[0] - true[0]).norm()
     assert torch.equal(merged.means[3], before[3])
     identity = torch.cat([torch.eye(3), torch.zeros(1, 3)])
     torch.testing.assert_close(anchor.path, identity + correction.float(), atol=1e-3, rtol=1e-3)
-    # The next images are expected where these were found, as far as the correction went.
-    corrected = dict(merged.means)
-    found = first @ (identity + correction)[:-1] + correction[-1]
-    anchor.correct(merged, first.float(), found.float(), labels + 4)
-    for label, mean in merged.means.items():
-        torch.testing.assert_close(mean, corrected[label], atol=1e-3, rtol=1e-3)
+
+
+def off_the_path(places, new, deviation, times=1):
+    """How far old classes at `places` have moved after new ones at `new` were seen off the path."""
+    method, anchor = anchored(1)
+    merged = ClassStatistics()
+    for label, place in enumerate(places):
+        anchor.take_in(place.repeat(1, 5, 1), torch.full((5,), label))
+        merged.update(place.repeat(5, 1), torch.full((5,), label))
+    anchor.path = torch.cat([torch.eye(len(new[0])), torch.zeros(1, len(new[0]))])
+    method.adapters = [""] * 3
+    labels = torch.arange(len(new)).repeat_interleave(5)
+    moved = []
+    for _ in range(times):
+        anchor.correct(merged, new[labels][None], (new + deviation)[labels][None], labels + len(places))
+        moved.append(merged.mean_matrix() - torch.stack(list(places)))
+    return moved
+
+
+def test_what_two_near_classes_are_wrong_by_holds_for_those_between_them_alone():
+    # Two new classes near the first old one, off the path in one direction; the other old ones are far away.
+    places = torch.tensor([[0.0, 0.0], [30.0, 0.0], [0.0, 30.0]]).double()
+    new = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).double()
+    (moved,) = off_the_path(places, new, torch.tensor([0.0, 4.0]).double())
+    torch.testing.assert_close(moved[0], torch.tensor([0.0, 4.0]).double(), atol=0.1, rtol=0)
+    assert moved[1:].norm(dim=1).max() < 0.2 * 4
+
+
+def test_what_is_known_already_is_not_corrected_twice():
+    places = torch.tensor([[0.0, 0.0], [30.0, 0.0], [0.0, 30.0]]).double()
+    new = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).double()
+    once, twice = off_the_path(places, new, torch.tensor([0.0, 4.0]).double(), times=2)
+    assert once[0].norm() > 3.9
+    assert twice[0].norm() < 5.0
 
 
 def test_the_path_is_in_the_state():
@@ -133,6 +164,27 @@ def test_classes_are_alike_that_are_no_farther_than_new_ones_from_each_other():
     # Features that never vary, and classes that are the same.
     assert likeness(old, new, torch.zeros(2)).isfinite().all()
     assert likeness(new, new, torch.ones(2)).tolist() == [1.0, 1.0]
+
+
+def test_nearness_is_in_units_of_the_root_mean_square_distance():
+    # Squared distances 4, 16 and 20, in units of the deviation of the second feature 4, 4 and 8.
+    means = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0]]).double()
+    expected = torch.exp(-torch.tensor([[0.0, 4.0, 4.0], [4.0, 0.0, 8.0], [4.0, 8.0, 0.0]]).double() * 3 / 16)
+    torch.testing.assert_close(nearness(means, torch.tensor([1.0, 4.0]).double()), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(nearness(torch.zeros(3, 2), torch.zeros(2)), torch.ones(3, 3))
+
+
+def test_interpolation_is_the_mean_of_a_gaussian_given_what_is_known():
+    places = drawn(5, 2)
+    near = torch.exp(-torch.cdist(places, places).square())
+    values = drawn(3, 4, seed=1)
+    # By the precision matrix of all five, known ones with noise, instead of their covariance.
+    joint = near + torch.diag(torch.tensor([0.5, 0.5, 0.5, 0.0, 0.0]).double())
+    precision = torch.linalg.inv(joint)
+    expected = -torch.linalg.solve(precision[3:, 3:], precision[3:, :3] @ values)
+    torch.testing.assert_close(interpolate(values, near[:3, :3], near[:3, 3:], 0.5), expected)
+    torch.testing.assert_close(interpolate(values, near[:3, :3], near[:3, :3], 0.0), values)
+    assert not interpolate(values, near[:3, :3], torch.zeros(3, 2).double(), 0.5).any()
 
 
 def test_nothing_is_wrong_before_two_adapters_are_merged():

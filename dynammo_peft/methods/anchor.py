@@ -16,6 +16,11 @@ from .state import under
 if TYPE_CHECKING:
     from .dynammo import Dynammo
 
+# Variances of what is known of a class besides what is common to classes near it, in units of that: next to nothing of
+# new classes, whose images are there; of old ones, which were moved by maps, a half (docs/merging_log.md).
+NOISE_OF_NEW = 0.01
+NOISE_OF_OLD = 0.5
+
 
 class Anchor:
     """
@@ -86,32 +91,27 @@ class Anchor:
 
     def moved(self, features: Tensor) -> Tensor:
         """Where features under the first adapter, `(V, N, C)`, are thought to be under the merged one."""
-        return features @ self.path[:-1] + self.path[-1]
+        path = self.path.to(features)
+        return features @ path[:-1] + path[-1]
 
-    def shares(self, features: Tensor, labels: Tensor) -> Tensor:
-        """How far what the path is wrong by for images of new classes holds for each class known so far.
+    def shares(self) -> Tensor:
+        """How far what the path is wrong by holds for each class known so far, `(N,)` from 0 to 1.
 
         A class of task `j` was not moved along the whole path but by the merges since. The `k`-th changes a mean of
-        adapters by a share of `1 / k`, so that of `n` adapters it is `log(n / j) / log(n)`, and less the less the
-        class is like the new ones ([`likeness`]): cells do not tell where X-rays are.
-
-        Args:
-            features (`Tensor`): Of the images under the first adapter, `(V, N, C)`.
-            labels (`Tensor`): Class of each image, `(N,)`.
-
-        Returns:
-            `Tensor`: In the order of `statistics.classes`, from 0 to 1, `(N,)`.
+        adapters by a share of `1 / k`, so that of `n` adapters it is `log(n / j) / log(n)`.
         """
-        new = torch.stack([features[:, labels == label].double().mean(dim=(0, 1)) for label in labels.unique()])
-        alike = likeness(self._means(), new, self.statistics.pooled_covariance().diagonal())
         count = len(self.method.adapters) - 1
         since = [math.log(count / self.tasks[label]) / math.log(count) for label in self.statistics.classes]
-        return alike * torch.tensor(since, dtype=alike.dtype)
+        return torch.tensor(since, dtype=torch.float64)
 
     def correct(self, merged: ClassStatistics, first: Tensor, found: Tensor, labels: Tensor) -> None:
         """Corrects the path, and the means of old classes, by images of new classes that no adapter was trained on.
 
-        Of what was wrong for these, an old class takes its [share][Anchor.shares].
+        What was wrong for these is first taken for an affine map of all features, which holds for old classes as far
+        as they are like the new ones ([`likeness`]): cells do not tell where X-rays are. Classes leave the path in
+        ways of their own too, but near ones alike: what is left of the error of new classes, less what old ones near
+        them told already, is interpolated to old ones ([`interpolate`]). Of both an old class takes its
+        [share][Anchor.shares].
 
         Args:
             merged (`ClassStatistics`): Of old classes under the merged adapter; their means are corrected.
@@ -119,20 +119,73 @@ class Anchor:
             found (`Tensor`): Their features under the merged adapter, `(V, N, C)`.
             labels (`Tensor`): Class of each image, `(N,)`.
         """
-        count = len(self.method.adapters) - 1
-        if count < 2:
+        if len(self.method.adapters) - 1 < 2:
             # The merge of one adapter is that adapter: there is no path yet.
             return
         errors = found - self.moved(first)
         correction = fit_correction(first.flatten(0, 1), errors.flatten(0, 1), labels.repeat(len(first)))
-        wrong = self._means() @ correction[:-1] + correction[-1]
-        for label, share, error in zip(self.statistics.classes, self.shares(first, labels), wrong):
+        old, new = self._means(), class_means(first, labels)
+        variances = self.statistics.pooled_covariance().diagonal()
+        near = nearness(torch.cat([old, new]), variances)
+        to_old, to_new = near[:, : len(old)], near[:, len(old) :]
+        off_path = torch.stack([merged.means[label] for label in self.statistics.classes]) - self.moved(old)
+        told = interpolate(off_path, to_old[: len(old)], to_new[: len(old)], NOISE_OF_OLD)
+        left = class_means(errors, labels) - (new @ correction[:-1] + correction[-1]) - told
+        common = old @ correction[:-1] + correction[-1]
+        wrong = likeness(old, new, variances)[:, None] * common
+        wrong = wrong + interpolate(left, to_new[len(old) :], to_old[len(old) :], NOISE_OF_NEW)
+        for label, share, error in zip(self.statistics.classes, self.shares(), wrong):
             merged.means[label] = merged.means[label] + share * error
         self.path = (self.path.double() + correction).float()
 
     def _means(self) -> Tensor:
         """Of each class, `(N, C)`."""
         return torch.stack([self.statistics.means[label] for label in self.statistics.classes])
+
+
+def class_means(features: Tensor, labels: Tensor) -> Tensor:
+    """The mean of the features `(V, N, C)` of each class, `(M, C)`, in the order of their numbers."""
+    return torch.stack([features[:, labels == label].double().mean(dim=(0, 1)) for label in labels.unique()])
+
+
+def nearness(means: Tensor, variances: Tensor) -> Tensor:
+    """How near classes are to each other: `exp(-d^2)`, with distances in units of their root mean square.
+
+    Args:
+        means (`Tensor`): Of the features of each class, `(N, C)`.
+        variances (`Tensor`): Of each feature within classes, `(C,)`; features count in units of their deviation.
+
+    Returns:
+        `Tensor`: From 0 to 1, `(N, N)`; where all classes are the same, 1.
+    """
+    means = means / _deviations(variances)
+    squared = torch.cdist(means, means).square()
+    between = torch.pdist(means).square()
+    return torch.exp(-squared / between.mean().clamp(min=torch.finfo(means.dtype).tiny))
+
+
+def interpolate(values: Tensor, among: Tensor, onto: Tensor, noise: float) -> Tensor:
+    """What is known of some classes, interpolated to others that are near (Rasmussen & Williams 2006, "Gaussian
+    Processes for Machine Learning", equation 2.25).
+
+    Args:
+        values (`Tensor`): Of the classes that are known, `(N, C)`.
+        among (`Tensor`): Their nearness to each other, `(N, N)`.
+        onto (`Tensor`): Their nearness to the others, `(N, M)`.
+        noise (`float`): Variance of what a class has for itself, in units of what near classes have in common.
+
+    Returns:
+        `Tensor`: Of the others, `(M, C)`; nothing for one that none is near.
+    """
+    return torch.linalg.solve(among + noise * torch.eye(len(among), dtype=among.dtype), onto).T @ values
+
+
+def _deviations(variances: Tensor) -> Tensor:
+    """Of each feature, never zero: without a floor a feature that never varies would be all that counts."""
+    if not variances.any():
+        # That of single images says nothing.
+        return torch.ones_like(variances)
+    return (variances + 1e-6 * variances.mean()).sqrt()
 
 
 def likeness(old: Tensor, new: Tensor, variances: Tensor) -> Tensor:
@@ -149,11 +202,7 @@ def likeness(old: Tensor, new: Tensor, variances: Tensor) -> Tensor:
     Returns:
         `Tensor`: Of each old class, from 0 to 1, `(N,)`.
     """
-    if not variances.any():
-        # That of single images says nothing.
-        variances = torch.ones_like(variances)
-    # Without a floor a feature that never varies would be all that counts.
-    scale = (variances + 1e-6 * variances.mean()).sqrt()
+    scale = _deviations(variances)
     old, new = old / scale, new / scale
     among = torch.pdist(new if len(new) > 1 else old).square()
     if not len(among):
