@@ -90,7 +90,7 @@ class Anchor:
         self.path = path.float()
 
     def moved(self, features: Tensor) -> Tensor:
-        """Where features under the first adapter, `(V, N, C)`, are thought to be under the merged one."""
+        """Where features under the first adapter, `(..., C)`, are thought to be under the merged one."""
         path = self.path.to(features)
         return features @ path[:-1] + path[-1]
 
@@ -119,8 +119,8 @@ class Anchor:
             found (`Tensor`): Their features under the merged adapter, `(V, N, C)`.
             labels (`Tensor`): Class of each image, `(N,)`.
         """
-        if len(self.method.adapters) - 1 < 2:
-            # The merge of one adapter is that adapter: there is no path yet.
+        if self.path is None:
+            # The merge of one adapter is that adapter.
             return
         errors = found - self.moved(first)
         correction = fit_correction(first.flatten(0, 1), errors.flatten(0, 1), labels.repeat(len(first)))
