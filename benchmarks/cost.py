@@ -139,7 +139,7 @@ def lora_rows(base, images, repeats, synchronize):
 def head_stage_row(base, images, repeats, synchronize):
     """An epoch of stage 2 with features computed anew against one with features computed once."""
     model, _ = adapted(base, 10)
-    head = model.head.dynammo_head["merged"].requires_grad_(True)
+    head = model.head.heads["merged"].requires_grad_(True)
     sizes = model.head.sizes["merged"]
     labels = torch.arange(len(images), device=images.device) % sum(sizes)
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
@@ -210,7 +210,7 @@ def merging_rows(base, images, repeats, synchronize):
     def merge():
         model.add_weighted_adapter(names, adapter_name="merged", combination_type="anchored_mean")
 
-    features = torch.randn(2 * TASK_IMAGES, model.head.dynammo_head["merged"].in_features)
+    features = torch.randn(2 * TASK_IMAGES, model.head.heads["merged"].in_features)
 
     def heads():
         known = ClassStatistics()

@@ -48,8 +48,8 @@ class SharedLearner(dp.Learner):
         head = method.model.head
         # What stage 1 trains of the head reads the last layer, whether others are read later or not.
         own |= {
-            "head.weight": head.dynammo_head[name].weight[:, : head.features],
-            "head.bias": head.dynammo_head[name].bias,
+            "head.weight": head.heads[name].weight[:, : head.features],
+            "head.bias": head.heads[name].bias,
         }
         if not trained.exists():
             super()._run(stage, *arguments)
@@ -85,7 +85,7 @@ class SharedLearner(dp.Learner):
         method = self.method
         adapters = method.inference_adapters
         parts = [
-            method.model.head.dynammo_head[name](method.features(images, name)[0].to(self.accelerator.device))
+            method.model.head.heads[name](method.features(images, name)[0].to(self.accelerator.device))
             for name in adapters
         ]
         sizes = sum((method.model.head.sizes[name] for name in adapters), ())

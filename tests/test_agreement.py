@@ -13,7 +13,7 @@ from dynammo_peft.training import agreement
 
 def change_weight(method):
     with torch.no_grad():
-        method.model.head.dynammo_head["merged"].bias[0] += 1
+        method.model.head.heads["merged"].bias[0] += 1
 
 
 def change_statistics(method):

@@ -120,7 +120,7 @@ def test_default_feature_modules(name):
     assert [(module, tap.site.channels) for module, tap in head.taps.items()] == FEATURES[name]
     width = tiny_model(name).get_submodule("classifier" if "resnet" not in name else "classifier.1").in_features
     assert head.features == width
-    assert head.dynammo_head["task_000"].in_features == width + sum(channels for _, channels in FEATURES[name])
+    assert head.heads["task_000"].in_features == width + sum(channels for _, channels in FEATURES[name])
 
 
 @pytest.mark.parametrize("arguments", [{"classes": None}, {"feature_modules": []}, {"preset": "paper"}])

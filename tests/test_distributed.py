@@ -126,7 +126,7 @@ def test_the_number_of_processes_does_not_matter(outcomes, processes, run):
     for name, tensor in {**tensors, **model}.items():
         expected = {**expected_tensors, **expected_model}[name]
         # Heads in closed form invert a covariance of more features than images, and hold large numbers.
-        allowed = 1e-3 * expected.abs().max() if "dynammo_head.merged" in name else 2e-4
+        allowed = 1e-3 * expected.abs().max() if "_head.merged" in name else 2e-4
         assert (tensor - expected).abs().max() <= allowed, name
 
 

@@ -553,7 +553,7 @@ def test_the_papers_preset_is_the_paper(scenario):
         model(pixel_values=scenario.transform(memory.images))
     handle.remove()
     torch.testing.assert_close(features, entered[0])
-    assert heads.network is model.head.dynammo_head["merged"]
+    assert heads.network is model.head.heads["merged"]
     assert heads.network.weight.shape == (6 + 3, 32)
 
 

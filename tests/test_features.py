@@ -237,7 +237,7 @@ def test_two_active_adapters_read_their_own_layers():
     assert logits.shape == (2, 3 + 2)
     entering = logits_of(model, images, "features")[:, :32]
     for name, block, found in (("task_000", 0, logits[:, :3]), ("task_001", 4, logits[:, 3:])):
-        head = model.base_model.head.dynammo_head[name]
+        head = model.base_model.head.heads[name]
         own = torch.cat([entering, pooled("vit", seen[f"vit.layers.{block}"])], dim=1)
         torch.testing.assert_close(found, F.linear(own, head.weight, head.bias), atol=1e-5, rtol=1e-5)
 
@@ -245,7 +245,7 @@ def test_two_active_adapters_read_their_own_layers():
 def test_merged_heads_stand_side_by_side_over_all_features():
     model = add(adapted("vit"), "task_001", ["owl"], None)
     model.add_weighted_adapter(["task_000", "task_001"])
-    heads = model.base_model.head.dynammo_head
+    heads = model.base_model.head.heads
     assert model.peft_config["merged"].feature_modules == model.peft_config["task_000"].feature_modules
     assert torch.equal(heads["merged"].weight, torch.cat([heads["task_000"].weight, heads["task_001"].weight]))
     model.set_adapter("merged")
@@ -344,7 +344,7 @@ def test_gradients_reach_the_adapters_below_a_block(name):
 @pytest.mark.parametrize("name", ["vit", "resnet_basic"])
 def test_last_layer_logits_leave_the_other_columns_alone(name):
     model, images = adapted(name), tiny_images(name)
-    head, width = model.base_model.head.dynammo_head["task_000"], model.base_model.head.features
+    head, width = model.base_model.head.heads["task_000"], model.base_model.head.features
     with model.base_model.head_output("last_layer_logits"):
         model(images).logits.square().sum().backward()
     # What enters the classifier may be zero for all images, after a ReLU.
@@ -362,7 +362,7 @@ def test_last_layer_logits_leave_the_other_columns_alone(name):
 @pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.AdamW])
 def test_other_columns_start_at_zero_and_stay_there(optimizer_cls):
     model = get_peft_model(tiny_model("vit"), DynammoConfig(classes=["cat", "dog"]), "task_000")
-    head, images = model.base_model.head.dynammo_head["task_000"], tiny_images("vit")
+    head, images = model.base_model.head.heads["task_000"], tiny_images("vit")
     assert head.weight[:, :32].all()
     assert not head.weight[:, 32:].any()
     # So that both are the same at first.

@@ -35,7 +35,7 @@ def flipping_model(name="vit", flips=BOTH, config=DynammoConfig, **options):
     model = get_peft_model(tiny_model(name), config(**options), "merged").eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "alpha" in key or "lora_B" in key or "dynammo_head" in key:
+            if "alpha" in key or "lora_B" in key or "_head" in key:
                 parameter.normal_(std=0.5)
     return model
 
@@ -71,7 +71,7 @@ def test_other_scoring_reads_the_mean_of_the_features():
         features = sum(plain(pixel_values=copy).logits for copy in copies) / 3
     head = model.base_model.head
     with torch.no_grad(), model.base_model.head_output("logits"):
-        torch.testing.assert_close(model(pixel_values=images).logits, head.dynammo_head["merged"](features))
+        torch.testing.assert_close(model(pixel_values=images).logits, head.heads["merged"](features))
     assert logits_of(model, images).shape == (3, 3)
 
 

@@ -8,13 +8,13 @@ from peft import PeftModel, get_peft_model
 from tiny import tiny_dataset, tiny_images, tiny_model, tiny_processor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from dynammo_peft import DynammoConfig
+from dynammo_peft import DynammoConfig, DynammoLoraConfig
 from dynammo_peft.hub import base_model, save_model
 
 
-def two_tasks(name="resnet_basic"):
-    model = get_peft_model(tiny_model(name), DynammoConfig(classes=["a", "b"]), "task_000")
-    model.add_adapter("task_001", DynammoConfig(classes=["c"]))
+def two_tasks(name="resnet_basic", config=DynammoConfig):
+    model = get_peft_model(tiny_model(name), config(classes=["a", "b"]), "task_000")
+    model.add_adapter("task_001", config(classes=["c"]))
     model.add_weighted_adapter(["task_000", "task_001"])
     model.set_adapter("merged", inference_mode=True)
     return model.eval()
@@ -68,12 +68,16 @@ def test_a_failed_save_leaves_the_old_folder_as_it_was(tmp_path):
     assert (tmp_path / "out" / "merged" / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_transformers_loads_a_saved_model_itself(tmp_path):
-    model, images = two_tasks("vit"), tiny_images("vit")
+@pytest.mark.parametrize("config", [DynammoConfig, DynammoLoraConfig])
+def test_transformers_loads_a_saved_model_itself(tmp_path, config):
+    model, images = two_tasks("vit", config), tiny_images("vit")
     save_model(model, tmp_path / "out", ["merged"], tiny_processor(32), save_backbone=True)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "merged").eval()
+    beside = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "backbone").eval()
+    beside.load_adapter(tmp_path / "out" / "merged", adapter_name="cells")
     with torch.no_grad():
         assert torch.equal(loaded(images).logits, model(images).logits)
+        assert torch.equal(beside(images).logits, model(images).logits)
     classify = pipeline("image-classification", model=loaded, image_processor=tiny_processor(32))
     found = classify(tiny_dataset()[0]["image"])
     assert sorted(entry["label"] for entry in found) == ["a", "b", "c"]

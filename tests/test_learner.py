@@ -306,7 +306,7 @@ def test_mixed_precision_is_for_training_and_testing_only():
     tensors = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
     assert model.forward.__func__ is PeftModel.forward
-    assert model.head.dynammo_head["merged"].forward.__func__ is nn.Linear.forward
+    assert model.head.heads["merged"].forward.__func__ is nn.Linear.forward
     assert not any("_original_forward" in vars(module) for module in model.modules())
     images = scenario.transform(scenario[0].test.images)
     training.clear()

@@ -48,7 +48,7 @@ def fit(method, tasks, after_task=None):
 
 def tensors(model, name="merged"):
     """An adapter's tensors and its heads."""
-    heads = {f"head.{key}": value for key, value in model.head.dynammo_head[name].state_dict().items()}
+    heads = {f"head.{key}": value for key, value in model.head.heads[name].state_dict().items()}
     return {**adapter_tensors(model, name), **heads}
 
 
@@ -124,7 +124,7 @@ def test_the_model_grows_by_the_merged_heads_alone(tmp_path):
             ),
         )
     # Two classes and "others", each a row of weights and a bias.
-    head = method.model.head.dynammo_head["merged"]
+    head = method.model.head.heads["merged"]
     heads = 3 * (head.in_features + 1)
     adapter = sum(tensor.numel() for tensor in tensors(method.model, "task_004").values())
     offloaded = counts[str(tmp_path)]

@@ -32,7 +32,7 @@ def two_tasks(name="vit", weights=None, combination_type="cat", **options):
 def scramble(model):
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
-        if "lora_" in name or "dynammo_head" in name:
+        if "lora_" in name:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 5)
 
 
@@ -116,8 +116,8 @@ def test_a_failed_merge_leaves_the_old_one(monkeypatch):
 def test_heads_stand_side_by_side_and_the_base_model_stays():
     model, images = two_tasks(), tiny_images("vit")
     head = model.base_model.head
-    joined = torch.cat([head.dynammo_head[name].weight for name in ("task_000", "task_001")])
-    assert torch.equal(head.dynammo_head["merged"].weight, joined)
+    joined = torch.cat([head.heads[name].weight for name in ("task_000", "task_001")])
+    assert torch.equal(head.heads["merged"].weight, joined)
     with torch.no_grad(), model.disable_adapter():
         torch.testing.assert_close(model(pixel_values=images).logits, tiny_model("vit")(pixel_values=images).logits)
         assert model.config.id2label == tiny_model("vit").config.id2label
@@ -129,7 +129,7 @@ def test_only_the_active_adapter_and_its_head_are_trained():
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained
     assert all(".task_001." in name for name in trained)
-    assert {"lora_A", "lora_B", "dynammo_head"} == {name.split(".task_001")[0].split(".")[-1] for name in trained}
+    assert {"lora_A", "lora_B", "lora_head"} == {name.split(".task_001")[0].split(".")[-1] for name in trained}
     model.train()
     block = model.get_base_model().vit.layers[0]
     assert not block.layernorm_before.training
@@ -195,7 +195,7 @@ def test_acl_and_layers_of_features_work_with_lora(scenario):
     arguments = dp.DynammoArguments(adapter_epochs=1, memory_size=12)
     method = dp.Dynammo(tiny_model("vit"), arguments, DynammoLoraConfig(r=2))
     dp.Learner(method, progress=False).fit(scenario)
-    assert method.model.base_model.head.dynammo_head["merged"].in_features == 32 * 6
+    assert method.model.base_model.head.heads["merged"].in_features == 32 * 6
     with pytest.raises(ValueError, match="feature_modules=.*plain classifier"):
         method.model.merge_and_unload()
 

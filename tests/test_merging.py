@@ -53,7 +53,7 @@ def merged_by_hand(states, weights):
     merged = {}
     for key in states[0]:
         tensors = [state[key] for state in states]
-        if "dynammo_head" in key:
+        if "_head" in key:
             merged[key] = torch.cat(tensors)
         elif "num_batches_tracked" in key:
             merged[key] = torch.tensor(sum(tensor.item() for tensor in tensors))
@@ -132,7 +132,7 @@ def test_heads_stand_in_the_order_of_the_adapters(scoring):
         features = logits_of(model, images)
     with tuner.head_output("logits"):
         logits = logits_of(model, images)
-    heads = [tuner.head.dynammo_head[f"task_00{task}"] for task in (2, 0, 1)]
+    heads = [tuner.head.heads[f"task_00{task}"] for task in (2, 0, 1)]
     by_head = [features @ head.weight.T + head.bias for head in heads]
     torch.testing.assert_close(logits, torch.cat(by_head, 1))
     if scoring == "log_odds":
@@ -249,7 +249,7 @@ def test_cost_does_not_grow_with_the_number_of_tasks(name):
         costs[adapter] = forward_cost(model, lambda: model(images))
     assert costs["one"] == costs["task_000"]
     # Four heads more: six classes and an "others" for each.
-    features = model.base_model.head.dynammo_head["one"].in_features
+    features = model.base_model.head.heads["one"].in_features
     assert costs["five"].multiply_adds - costs["one"].multiply_adds == (6 + 4) * features
     assert costs["five"].parameters - costs["one"].parameters == (6 + 4) * (features + 1)
 

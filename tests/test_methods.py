@@ -59,7 +59,7 @@ def backbone(model):
 
 def adapter(model, name):
     """An adapter's tensors in front of the blocks, heads left out, by name without that of the adapter."""
-    parts = {key: value for key, value in state(model).items() if f".{name}" in key and "dynammo_head" not in key}
+    parts = {key: value for key, value in state(model).items() if f".{name}" in key and "_head" not in key}
     return {key.replace(f".{name}", ""): value for key, value in parts.items()}
 
 
@@ -188,7 +188,7 @@ def test_stage_1_trains_the_newest_adapter_only(runs, name):
 
 
 def test_stage_1_trains_heads_on_what_enters_the_classifier(runs):
-    heads = runs["dynammo"].model.head.dynammo_head
+    heads = runs["dynammo"].model.head.heads
     for name in ("task_000", "task_001", "task_002"):
         assert heads[name].weight.shape == (3, 64 + 16 + 32 + 48)
         assert not heads[name].weight[:, 64:].any()
@@ -252,7 +252,7 @@ def test_merging_is_the_mean_of_the_adapters_or_half_way_to_it(runs, name, share
 
 def test_dynammo_scores_by_log_odds_in_one_pass(runs, scenario, images):
     method, model = runs["dynammo"].method, runs["dynammo"].model
-    head = state(model.head.dynammo_head["merged"])
+    head = state(model.head.heads["merged"])
     raw = features_under(model, "merged", images) @ head["weight"].T + head["bias"]
     # Two classes and "others" in each of the three heads, in the order of arrival.
     expected = torch.stack([raw[:, 3 * task + place] - raw[:, 3 * task + 2] for task in range(3) for place in (0, 1)])
@@ -267,7 +267,7 @@ def test_acl_scores_each_head_under_its_own_adapter(runs, images):
     method, model = runs["acl"].method, runs["acl"].model
     expected = []
     for task in range(3):
-        head = state(model.head.dynammo_head[f"task_00{task}"])
+        head = state(model.head.heads[f"task_00{task}"])
         raw = features_under(model, f"task_00{task}", images) @ head["weight"].T + head["bias"]
         expected.append(raw[:, :2] - raw[:, 2:])
     with torch.no_grad():
@@ -276,7 +276,7 @@ def test_acl_scores_each_head_under_its_own_adapter(runs, images):
 
 def test_the_papers_dynammo_asks_the_head_with_the_least_others(runs, images):
     method, model = runs["paper"].method, runs["paper"].model
-    head = state(model.head.dynammo_head["merged"])
+    head = state(model.head.heads["merged"])
     raw = features_under(model, "merged", images) @ head["weight"].T + head["bias"]
     chosen = torch.stack([logits.softmax(dim=1)[:, 2] for logits in raw.split(3, dim=1)]).argmin(dim=0).tolist()
     expected = [2 * task + int(raw[row, 3 * task : 3 * task + 2].argmax()) for row, task in enumerate(chosen)]
@@ -291,7 +291,7 @@ def test_min_others_asks_one_head_only(scenario):
     images = scenario.transform(torch.cat([task.test.images for task in scenario]))
     raw = []
     for name in ("task_000", "task_001"):
-        head = method.model.head.dynammo_head[name]
+        head = method.model.head.heads[name]
         # Centred, or all images would look alike to a random model.
         torch.nn.init.normal_(head.weight)
         features = features_under(method.model, name, images)
@@ -396,7 +396,7 @@ def test_old_heads_of_dynammo_go_on_from_the_last_merge(scenario, heads):
     before = state(stage.network)
     *_, stage = method.learn(scenario[2])
     for name, value in state(stage.network).items():
-        newest = state(method.model.head.dynammo_head["task_002"])[name]
+        newest = state(method.model.head.heads["task_002"])[name]
         assert torch.equal(value, torch.cat([before[name], newest]))
 
 
@@ -420,7 +420,7 @@ def test_where_a_new_adapter_starts(scenario, init, source):
     for other in ("task_000", "task_001"):
         differing = changed(newest, adapter(method.model, other))
         assert differing == (set() if other == source else set(newest))
-    heads = [state(method.model.head.dynammo_head[name])["weight"] for name in ("task_001", "task_002")]
+    heads = [state(method.model.head.heads[name])["weight"] for name in ("task_001", "task_002")]
     assert not torch.equal(*heads)
 
 

@@ -240,8 +240,8 @@ def with_heads(*groups):
         model.add_adapter(f"task_{index:03d}", DynammoConfig(classes=group))
     names = [f"task_{index:03d}" for index in range(len(groups))]
     for name in names:
-        torch.nn.init.normal_(model.head.dynammo_head[name].weight)
-        torch.nn.init.normal_(model.head.dynammo_head[name].bias)
+        torch.nn.init.normal_(model.head.heads[name].weight)
+        torch.nn.init.normal_(model.head.heads[name].bias)
     return model, names
 
 
@@ -264,10 +264,8 @@ def test_merged_adapters_know_each_class_once(groups, heads, taken, one_by_one):
         model.add_weighted_adapter(names, adapter_name="merged")
     assert model.peft_config["merged"].classes == heads
     for key in ("weight", "bias"):
-        parts = [
-            getattr(model.head.dynammo_head[name], key)[columns] for name, columns in zip(names, taken, strict=True)
-        ]
-        assert torch.equal(getattr(model.head.dynammo_head["merged"], key), torch.cat(parts))
+        parts = [getattr(model.head.heads[name], key)[columns] for name, columns in zip(names, taken, strict=True)]
+        assert torch.equal(getattr(model.head.heads["merged"], key), torch.cat(parts))
     model.set_adapter("merged")
     count = len({name for group in groups for name in group})
     assert model(pixel_values=tiny_images("vit")).logits.shape == (2, count)

@@ -118,7 +118,7 @@ def states_of(names):
         # Copied at once, since the head is trained further.
         states[name] = copies({**model.state_dict(), "logits": logits})
         # As stage 2: a head alone, after the model.
-        head = model.base_model.head.dynammo_head["default"]
+        head = model.base_model.head.heads["default"]
         head.requires_grad_(True)
         features = torch.randn(14, head.in_features, generator=torch.Generator().manual_seed(3))
         step = lambda network, inputs, labels: torch.nn.functional.cross_entropy(network(inputs).float(), labels)

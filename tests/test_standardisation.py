@@ -33,9 +33,9 @@ def learn_first_task(method_cls, scenario, model, **options):
     method.begin(scenario, Accelerator(cpu=True))
     torch.manual_seed(0)
     stage = next(learning := method.learn(scenario[0]))
-    initial = method.model.head.dynammo_head[method.adapters[0]].weight.detach().clone()
+    initial = method.model.head.heads[method.adapters[0]].weight.detach().clone()
     Learner(method, method.accelerator, progress=False)._run(stage, scenario)
-    trained = method.model.head.dynammo_head[method.adapters[0]].weight.detach().clone()
+    trained = method.model.head.heads[method.adapters[0]].weight.detach().clone()
     next(learning, None)
     with torch.no_grad():
         method.model.set_adapter(method.adapters[0])
@@ -92,7 +92,7 @@ def test_the_head_is_folded_after_stage_1(scenario):
     method, _, trained, _ = learn_first_task(Joint, scenario, scaled_model(1.0))
     head = method.model.head
     assert head.standardisation is None
-    folded = head.dynammo_head[method.adapters[0]].weight
+    folded = head.heads[method.adapters[0]].weight
     ratio = trained / folded
     assert ratio.std() < 1e-4 * ratio.mean()
     assert (ratio.mean() - 1).abs() > 0.01
@@ -104,12 +104,12 @@ def test_an_interrupted_stage_leaves_the_head_as_it_is(scenario):
     learning = method.learn(scenario[0])
     next(learning)
     head = method.model.head
-    before = head.dynammo_head[method.adapters[0]].weight.detach().clone()
+    before = head.heads[method.adapters[0]].weight.detach().clone()
     assert head.standardisation is not None
     with pytest.raises(KeyboardInterrupt):
         learning.throw(KeyboardInterrupt())
     assert head.standardisation is None
-    assert torch.equal(head.dynammo_head[method.adapters[0]].weight, before)
+    assert torch.equal(head.heads[method.adapters[0]].weight, before)
 
 
 def test_a_model_without_a_head_is_refused():
@@ -130,7 +130,7 @@ def test_the_preset_decides_unless_told(preset, option, expected, scenario):
     method, initial, trained, _ = learn_first_task(ACL, scenario, scaled_model(1.0), **options)
     assert method.standardises is expected
     assert not torch.equal(initial, trained)
-    folded = method.model.head.dynammo_head["task_000"].weight
+    folded = method.model.head.heads["task_000"].weight
     assert torch.equal(folded, trained) is not expected
 
 

@@ -280,7 +280,7 @@ def test_a_frozen_adapter_with_a_trained_head_does_not_drift():
     model = with_two_adapters("resnet_basic")
     model.add_weighted_adapter(["task_000", "task_001"])
     model.set_adapter("merged", inference_mode=True)
-    model.base_model.head.dynammo_head["merged"].requires_grad_(True)
+    model.base_model.head.heads["merged"].requires_grad_(True)
     before = adapter_state(model, "merged")
     train_a_little(model, tiny_images("resnet_basic"))
     after = adapter_state(model, "merged")
@@ -559,7 +559,7 @@ def test_heads_are_in_single_precision_under_autocast():
             features = logits_of(model, images)
         with tuner.head_output("logits"):
             logits = logits_of(model, images)
-    head = tuner.head.dynammo_head["task_000"]
+    head = tuner.head.heads["task_000"]
     assert logits.dtype is torch.float32
     torch.testing.assert_close(logits, F.linear(features.float(), head.weight, head.bias))
     # Half precision would show.
@@ -638,7 +638,7 @@ def test_head_output(name):
     with tuner.head_output("last_layer_logits"):
         last_layer_logits = logits_of(model, images)
     width = seen[0].shape[1]
-    linear = tuner.head.dynammo_head["task_000"]
+    linear = tuner.head.heads["task_000"]
     # What enters the classifier comes first, then the further layers.
     assert torch.equal(features[:, :width], seen[0])
     assert features.shape == (2, linear.in_features)

@@ -62,7 +62,7 @@ def to_standalone(model: PeftModel, adapter_name: str = "merged") -> DynammoForI
         for name, layer in base.named_modules()
         if isinstance(layer, DynammoLayer) and adapter_name in layer.dynammo_down
     }
-    linear = model.base_model.head.dynammo_head[adapter_name]
+    linear = model.base_model.head.heads[adapter_name]
     config = DynammoImageClassifierConfig(
         backbone_config=_backbone_config(base),
         sites=[_site(name, layer, adapter_name) for name, layer in layers.items()],

@@ -77,7 +77,7 @@ class ACL(TwoStageMethod):
         if task.index > 0:
             balanced = self.memory.images_of(self.class_names)
             features = torch.stack([self.features(balanced, name)[0] for name in self.adapters], dim=1)
-            heads = SideBySide([self.model.head.dynammo_head[name] for name in self.adapters])
+            heads = SideBySide([self.model.head.heads[name] for name in self.adapters])
             yield from self.train_heads(heads, features, balanced.labels)
 
     def logits(self, images: Tensor) -> Tensor:

@@ -180,9 +180,9 @@ class Dynammo(TwoStageMethod):
 
     def _merge(self, task: Task, shown: LabelledImages) -> nn.Linear:
         """Merges the adapters; old heads go on from where they fitted the last merge, a new one from its task."""
-        before = self.model.head.dynammo_head[MERGED].state_dict() if task.index > 0 else {}
+        before = self.model.head.heads[MERGED].state_dict() if task.index > 0 else {}
         self.merging.merge(self.adapters, MERGED, shown)
-        heads = self.model.head.dynammo_head[MERGED]
+        heads = self.model.head.heads[MERGED]
         with torch.no_grad():
             for name, value in before.items():
                 heads.get_parameter(name)[: len(value)] = value
@@ -223,7 +223,7 @@ class Dynammo(TwoStageMethod):
     def solve_heads(self, statistics: ClassStatistics) -> None:
         """Heads in closed form for the merged adapter."""
         weight, bias = self.analytic_heads(statistics)
-        set_class_logits(self.model.head.dynammo_head[MERGED], self.head_sizes, weight, bias)
+        set_class_logits(self.model.head.heads[MERGED], self.head_sizes, weight, bias)
 
     def _learn_weights(self, task: Task, heads: nn.Linear, shown: LabelledImages, features: Tensor) -> Tensor:
         """Learns merge weights in place of equal ones; `features` are those before, the return value those after."""

@@ -89,9 +89,5 @@ def _backbone_state(model: nn.Module) -> dict[str, Tensor]:
     own = model.get_base_model().state_dict() if isinstance(model, PeftModel) else model.state_dict()
     if not isinstance(model, PeftModel):
         return {name: tensor for name, tensor in own.items()}
-    prefixes = (model.base_model.prefix, "dynammo_head")
-    return {
-        name.replace("base_layer.", ""): tensor
-        for name, tensor in own.items()
-        if not any(prefix in name for prefix in prefixes)
-    }
+    prefix = model.base_model.prefix
+    return {name.replace("base_layer.", ""): tensor for name, tensor in own.items() if prefix not in name}

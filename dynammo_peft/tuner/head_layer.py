@@ -22,7 +22,8 @@ HeadOutput = Literal["scores", "logits", "last_layer_logits", "last_layer_logits
 class DynammoHead(WrappingLayer):
     """The base model's classifier with task heads beside it; the active adapter's head stands in for it.
 
-    Each adapter has one linear layer for all its heads: `n_t` classes and "others" for each head, side by side.
+    Each adapter has one linear layer for all its heads: `n_t` classes and "others" for each head, side by side. In
+    files it is found as all that is an adapter's: by a name that starts with its tuner's `prefix`.
 
     Args:
         base_layer (`nn.Module`): The base model's classifier.
@@ -57,8 +58,13 @@ class DynammoHead(WrappingLayer):
         self.standardisation: Optional[Standardisation] = None
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.scoring: dict[str, Scoring] = {}
-        self.dynammo_head = nn.ModuleDict()
+        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
         self.update_layer(adapter_name, config)
+
+    @property
+    def heads(self) -> nn.ModuleDict:
+        """The linear layer of each adapter."""
+        return getattr(self, self.adapter_layer_names[0])
 
     def update_layer(self, adapter_name: str, config: HeadConfig) -> None:
         """Adds the heads of an adapter with fresh weights."""
@@ -68,14 +74,14 @@ class DynammoHead(WrappingLayer):
         self.flips[adapter_name] = list(config.flips)
         self.feature_modules[adapter_name] = list(config.feature_modules or ())
         features = self.features + sum(self.taps[name].site.channels for name in self.feature_modules[adapter_name])
-        self.dynammo_head[adapter_name] = nn.Linear(features, sum(sizes) + len(sizes))
+        self.heads[adapter_name] = nn.Linear(features, sum(sizes) + len(sizes))
         # Training with "last_layer_logits" leaves these columns alone.
-        nn.init.zeros_(self.dynammo_head[adapter_name].weight[:, self.features :])
+        nn.init.zeros_(self.heads[adapter_name].weight[:, self.features :])
         self._place(adapter_name, config.inference_mode)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits over the classes `(B, N)`; inside `head_output`, raw logits or the features instead."""
-        names = self._own_adapters(self.dynammo_head)
+        names = self._own_adapters(self.heads)
         taken = {name: tap.take() for name, tap in self.taps.items()}
         parts = {name: average_copies(self._features(hidden_states, taken, name), self.copies) for name in names}
         if self.output == "features":
@@ -95,7 +101,7 @@ class DynammoHead(WrappingLayer):
         Raises:
             ValueError: If the active adapters differ in them.
         """
-        names = self._own_adapters(self.dynammo_head)
+        names = self._own_adapters(self.heads)
         if not names or self.output not in ("scores", "logits"):
             return []
         for name in names[1:]:
@@ -115,9 +121,9 @@ class DynammoHead(WrappingLayer):
             columns (`list[list[int]]`): Which raw logits of each adapter's heads to take.
             merged (`str`): Name of an adapter that exists already, with room for all of them.
         """
-        if merged in self.dynammo_head:
-            for key, parameter in self.dynammo_head[merged].named_parameters():
-                parts = [self.dynammo_head[name].get_parameter(key)[own] for name, own in zip(adapters, columns)]
+        if merged in self.heads:
+            for key, parameter in self.heads[merged].named_parameters():
+                parts = [self.heads[name].get_parameter(key)[own] for name, own in zip(adapters, columns)]
                 parameter.copy_(torch.cat(parts))
 
     @torch.no_grad()
@@ -130,21 +136,21 @@ class DynammoHead(WrappingLayer):
             columns (`list[int]`): Which raw logits of the other's heads to take.
             sizes (`tuple[int, ...]`): Number of classes of each head taken.
         """
-        if merged not in self.dynammo_head or not columns:
+        if merged not in self.heads or not columns:
             return
-        old, new = self.dynammo_head[merged], self.dynammo_head[adapter]
+        old, new = self.heads[merged], self.heads[adapter]
         count = old.out_features + len(columns)
         both = nn.Linear(old.in_features, count, device="meta").to_empty(device=old.weight.device)
         both = both.to(old.weight.dtype).train(old.training)
         for key, parameter in both.named_parameters():
             parameter.copy_(torch.cat([old.get_parameter(key), new.get_parameter(key)[columns].to(old.weight)]))
             parameter.requires_grad_(old.get_parameter(key).requires_grad)
-        self.dynammo_head[merged] = both
+        self.heads[merged] = both
         self.sizes[merged] += sizes
 
     def check_folds(self) -> None:
         """Raises a `ValueError` unless a plain classifier can take the place of the active adapters' heads."""
-        for name in self._own_adapters(self.dynammo_head):
+        for name in self._own_adapters(self.heads):
             if self.feature_modules[name]:
                 raise ValueError(
                     f"The heads of adapter {name!r} read feature_modules={self.feature_modules[name]!r} beside what "
@@ -176,10 +182,10 @@ class DynammoHead(WrappingLayer):
         self, merge: bool, safe_merge: bool, adapter_names: Optional[list[str]]
     ) -> nn.Module:
         """The base model's classifier; if `merge`, with the adapters' heads as its linear layer."""
-        names = self._own_adapters(self.dynammo_head) if adapter_names is None else adapter_names
+        names = self._own_adapters(self.heads) if adapter_names is None else adapter_names
         if not merge or not names:
             return self.base_layer
-        parts = [class_logits(self.dynammo_head[name], self.sizes[name]) for name in names]
+        parts = [class_logits(self.heads[name], self.sizes[name]) for name in names]
         weight, bias = (torch.cat(values) for values in zip(*parts))
         linear = nn.Linear(weight.shape[1], len(weight), device="meta").to_empty(device=weight.device)
         with torch.no_grad():
@@ -201,7 +207,7 @@ class DynammoHead(WrappingLayer):
         return torch.cat([hidden_states.flatten(1), *(taken[key] for key in self.feature_modules[name])], dim=1)
 
     def _logits(self, features: Tensor, name: str) -> Tensor:
-        head = self.dynammo_head[name]
+        head = self.heads[name]
         features = features.to(head.weight.dtype)
         # In half precision, heads on many correlated features would lose what tells classes apart.
         with torch.autocast(features.device.type, enabled=False):

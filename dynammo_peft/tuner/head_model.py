@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Optional, Union
+from typing import Any, ClassVar, Optional, Union
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -33,6 +33,8 @@ class HeadTuner(MergeableTuner):
     To be combined with a tuner of PEFT, or to be completed by one that says what it puts into the backbone. The
     backbone is frozen and stays in evaluation mode while adapters are trained.
     """
+
+    head_cls: ClassVar[type[DynammoHead]] = DynammoHead
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(model, adapter_name)
@@ -125,7 +127,7 @@ class HeadTuner(MergeableTuner):
             target.update_layer(adapter_name, peft_config)
         elif self._is_head(peft_config, current_key):
             taps = self._taps(peft_config.feature_modules, {})
-            layer = DynammoHead(target, adapter_name, peft_config, self._probe.features, taps)
+            layer = self.head_cls(target, adapter_name, peft_config, self._probe.features, taps)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             # A new module is in training mode, also in a model in evaluation mode.
@@ -230,7 +232,7 @@ class HeadTuner(MergeableTuner):
             ValueError: If the model has no head.
         """
         head = self._required_head()
-        own = [head.dynammo_head[name] for name in head.active_adapters]
+        own = [head.heads[name] for name in head.active_adapters]
         head.standardisation = standardisation = Standardisation.of(features)
         try:
             yield

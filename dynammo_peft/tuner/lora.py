@@ -57,6 +57,12 @@ class DynammoLoraConfig(HeadConfig, LoraConfig):
             raise ValueError("use_dora=True scales the base weights, which no average over tasks can; use plain LoRA.")
 
 
+class LoraHead(DynammoHead):
+    """A [`DynammoHead`] that is found in files by LoRA's prefix: transformers knows one prefix of each method."""
+
+    adapter_layer_names = ("lora_head",)
+
+
 class DynammoLoraModel(HeadTuner, LoraModel):
     """
     A backbone with PEFT's LoRA as task adapters, and task heads as a [`DynammoModel`] has them.
@@ -81,7 +87,8 @@ class DynammoLoraModel(HeadTuner, LoraModel):
         ```
     """
 
-    tuner_layer_cls = (LoraLayer, DynammoHead)
+    tuner_layer_cls = (LoraLayer, LoraHead)
+    head_cls = LoraHead
 
     def _default_targets(self, model_config: dict[str, Any]) -> set[str]:
         return set(ARCHITECTURES[model_config["model_type"]].projections)
