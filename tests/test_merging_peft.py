@@ -13,11 +13,13 @@ from peft import (
     LoKrConfig,
     LoraConfig,
     OFTConfig,
+    PeftModel,
     ShiraConfig,
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.utils import merge_utils
 from tiny import tiny_images, tiny_model
 from torch import nn
@@ -427,7 +429,7 @@ def test_constants_outside_of_the_tensors():
         ({"weights": [0.0, 0.0]}, "not all zero"),
         ({"weights": [-1.0, 1.0], "combination_type": "regmean", "grams": []}, "must not be negative"),
         ({"combination_type": "svd"}, "'svd' does not exist; choose one of 'linear', 'uniform'.*, 'cat'"),
-        ({"combination_type": "cat", "density": 0.5}, "'linear' has no option 'density'"),
+        ({"combination_type": "cat", "density": 0.5}, "'cat' has no option 'density'"),
         ({"combination_type": "ties"}, "needs the option 'density'"),
         ({"combination_type": "regmean"}, "needs the option 'grams'"),
         ({"svd_rank": 3}, "'linear' has no option 'svd_rank'"),
@@ -546,3 +548,77 @@ def test_equal_weights_of_lora_are_no_mean(count):
         assert_same(delta_weights(model, "merged"), expected, rtol=1e-4, atol=1e-5)
     model.add_weighted_adapter(names, [1 / count] * count, "side_by_side", combination_type="cat")
     assert_same(delta_weights(model, "side_by_side"), one, rtol=1e-4, atol=1e-5)
+
+
+SIDE_BY_SIDE = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "biases": {"lora_bias": True},
+    "ranks of layers": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 6}},
+    "classifier": {"modules_to_save": ["classifier"]},
+}
+
+
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+def test_side_by_side_is_the_weighted_sum_of_all_that_lora_adds(name, tmp_path):
+    options = {**LORA, **SIDE_BY_SIDE[name]}
+    model = with_adapters(*(LoraConfig(**{**options, "lora_alpha": alpha}) for alpha in (4, 12, 4)))
+    adapters, weights = ["a0", "a1", "a2"], [0.7, 1.5, -0.4]
+    merge_adapters(model, adapters, weights, combination_type="cat")
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    assert len(layers) == 11
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers:
+        shape = (2, 3, 8, 8) if isinstance(layer.get_base_layer(), nn.Conv2d) else (2, layer.in_features)
+        features, added = torch.randn(shape, generator=generator), {}
+        for adapter in [*adapters, "merged"]:
+            layer.set_adapter(adapter)
+            added[adapter] = layer(features) - layer.get_base_layer()(features)
+        expected = sum(weight * added[adapter] for weight, adapter in zip(weights, adapters))
+        torch.testing.assert_close(added["merged"], expected, rtol=1e-4, atol=1e-4)
+    saved = {key: value for key, value in adapter_tensors(model, "merged").items() if "modules_to_save" in key}
+    assert len(saved) == (2 if name == "classifier" else 0)
+    for key, value in saved.items():
+        parts = [adapter_tensors(model, adapter)[key] for adapter in adapters]
+        torch.testing.assert_close(value, sum(weight * part for weight, part in zip(weights, parts)))
+    model.set_adapter("merged")
+    logits = logits_of(model, tiny_images("vit"))
+    model.save_pretrained(tmp_path, selected_adapters=["merged"])
+    loaded = PeftModel.from_pretrained(tiny_model("vit"), tmp_path / "merged").eval()
+    torch.testing.assert_close(logits_of(loaded, tiny_images("vit")), logits)
+
+
+def test_side_by_side_is_what_peft_makes_and_takes_no_rank_for_nothing():
+    model = with_adapters(LoraConfig(lora_alpha=4, **LORA), LoraConfig(lora_alpha=8, **LORA), LoraConfig(**LORA))
+    names = ["a0", "a1", "a2"]
+    model.add_weighted_adapter(names, [0.7, -1.5, 0.2], "theirs", combination_type="cat")
+    merge_adapters(model, names, [0.7, -1.5, 0.2], "ours", combination_type="cat")
+    assert_same(delta_weights(model, "ours"), delta_weights(model, "theirs"), rtol=1e-5, atol=1e-5)
+    assert model.peft_config["ours"].r == model.peft_config["theirs"].r == 12
+    merge_adapters(model, names, [0.7, 0.0, 1e-12], "ours", combination_type="cat")
+    assert model.peft_config["ours"].r == 8
+    expected = {key: 0.7 * value for key, value in delta_weights(model, "a0").items()}
+    assert_same(delta_weights(model, "ours"), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "'a0' has use_dora=True, with which that is not all; choose 'uniform'"),
+        ({"target_parameters": ["cls_token"]}, "'a0' has target_parameters"),
+    ],
+)
+def test_what_two_factors_do_not_hold_is_not_placed_side_by_side(options, message):
+    model = get_peft_model(tiny_model("vit"), LoraConfig(target_modules=ATTENTION, r=4), "a0")
+    for field, value in options.items():
+        setattr(model.peft_config["a0"], field, value)
+    with pytest.raises(ValueError, match=message):
+        merge_adapters(model, ["a0"], combination_type="cat")
+    assert list(model.peft_config) == ["a0"]
+
+
+def test_a_grouped_convolution_is_not_placed_side_by_side():
+    config = LoraConfig(target_modules=["dwconv"], r=192)
+    model = get_peft_model(tiny_model("convnext"), config, "a0")
+    with pytest.raises(ValueError, match="'.*dwconv' side by side, a grouped convolution"):
+        merge_adapters(model, ["a0"], combination_type="cat")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
@@ -12,21 +13,23 @@ from .adapters import AdaptedModel, Slot, adapter_layers, adapter_slots, adapter
 from .state import tuner_of
 
 
-def create_adapter(model: AdaptedModel, adapters: list[str], adapter_name: str) -> None:
+def create_adapter(model: AdaptedModel, adapters: list[str], adapter_name: str, **changes: Any) -> None:
     """Adds an adapter with the first one's configuration, in the mode of the layers it is in.
 
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
         adapters (`list[str]`): Names of the adapters that are merged; DynaMMo's bring their heads.
         adapter_name (`str`): Name of the new adapter, of which there is none yet.
+        changes: Fields in which its configuration differs from the first adapter's.
     """
     tuner = tuner_of(model)
     if hasattr(tuner, "create_merged_adapter"):
-        tuner.create_merged_adapter(adapters, adapter_name)
+        tuner.create_merged_adapter(adapters, adapter_name, **changes)
         return
     # Not `PeftModel.add_adapter`, which adds to the configuration's `modules_to_save` for some task types.
     config = copy.deepcopy(tuner.peft_config[adapters[0]])
-    config.inference_mode = True
+    for field, value in {**changes, "inference_mode": True}.items():
+        setattr(config, field, value)
     tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(tuner.model, adapter_name)
     half = any(
@@ -41,31 +44,41 @@ def create_adapter(model: AdaptedModel, adapters: list[str], adapter_name: str) 
                 container[adapter_name].train(layer.training)
 
 
-def create_concatenated(
-    model: AdaptedModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
-) -> None:
-    """Adds an adapter with LoRA's factors of others side by side, whose update is the weighted sum of theirs.
+def create_concatenated(model: AdaptedModel, adapters: list[str], count: int, adapter_name: str) -> None:
+    """Adds an adapter with room for LoRA's factors of several side by side, and a scaling of 1.
 
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
-        adapters (`Sequence[str]`): Names of the adapters that are merged.
-        weights (`Sequence[float]`): A weight for each.
+        adapters (`list[str]`): Names of the adapters that are merged.
+        count (`int`): Of how many of them there shall be room for the factors.
         adapter_name (`str`): Name of the new adapter, of which there is none yet.
 
     Raises:
-        ValueError: If the adapters are no LoRA.
+        ValueError: If the adapters are no LoRA, or of a kind whose update is more than the product of two factors.
     """
     tuner = tuner_of(model)
-    if hasattr(tuner, "create_concatenated_adapter"):
-        tuner.create_concatenated_adapter(adapters, weights, adapter_name)
-        return
+    first = tuner.peft_config[adapters[0]]
     if not isinstance(tuner, LoraModel):
-        kind = tuner.peft_config[adapters[0]].peft_type.value
         raise ValueError(
             f"combination_type='cat' places the factors of LoRA side by side, and adapter {adapters[0]!r} is of "
-            f"peft_type {kind!r}; choose 'linear'."
+            f"peft_type {first.peft_type.value!r}; choose 'linear'."
         )
-    tuner.add_weighted_adapter(list(adapters), list(weights), adapter_name, combination_type="cat")
+    for field in ("use_dora", "target_parameters"):
+        if value := getattr(first, field):
+            raise ValueError(
+                f"combination_type='cat' sums what two factors of LoRA add, and adapter {adapters[0]!r} has "
+                f"{field}={value!r}, with which that is not all; choose 'uniform'."
+            )
+    for name, layer in adapter_layers(model):
+        if adapters[0] in getattr(layer, "lora_A", {}) and getattr(layer.get_base_layer(), "groups", 1) > 1:
+            raise ValueError(
+                f"combination_type='cat' cannot place the factors of {name!r} side by side, a grouped convolution; "
+                "choose 'uniform'."
+            )
+    ranks = {key: rank * count for key, rank in first.rank_pattern.items()}
+    rank = first.r * count
+    changes = {"r": rank, "rank_pattern": ranks, "lora_alpha": rank, "alpha_pattern": dict(ranks), "use_rslora": False}
+    create_adapter(model, adapters, adapter_name, **changes)
 
 
 def check_made(model: AdaptedModel, slots: Mapping[str, Slot], adapter_name: str) -> None:

@@ -111,23 +111,45 @@ def _concatenate(
     options: Mapping[str, Any],
 ) -> None:
     """Merges LoRA adapters by placing their factors side by side."""
-    # It has the weights and the options, none, of a weighted sum.
+    # It has the weights of a weighted sum, and no options.
     function = COMBINATIONS["linear"]
-    function.check_options(options)
+    for name in options:
+        raise ValueError(f"combination_type='cat' has no option {name!r}; it has none.")
     check_mergeable(model, adapters, adapter_name)
-    learned = isinstance(weights, MergeWeights)
-    if learned:
+    parts = adapters
+    if isinstance(weights, MergeWeights):
         check_learned(weights, adapters, "cat")
-    mixture = function.check_weights(None if learned else weights, len(adapters)).tolist()
-    with adapter_replaced(model, adapter_name, active_instead=adapters[0]):
-        create_concatenated(model, adapters, mixture, adapter_name)
-        if learned:
-            slots, tensors = adapter_slots(model, adapters[0]), tensors_of_adapters(model, adapters)
-            scalings = scalings_over(model, slots, adapters, adapter_name)
-            with torch.no_grad():
-                merged = weights.of_tensors(slots, tensors[0], scalings).combine(tensors)
-            set_adapter_tensors(model, adapter_name, merged)
+    else:
+        mixture = function.check_weights(weights, len(adapters))
+        # Those of weight 0 add nothing, and take no rank.
+        parts = [name for name, weight in zip(adapters, mixture.tolist()) if weight]
+    slots, tensors = adapter_slots(model, adapters[0]), tensors_of_adapters(model, parts)
+    with adapter_replaced(model, adapter_name, active_instead=adapters[0]), torch.no_grad():
+        create_concatenated(model, adapters, len(parts), adapter_name)
+        check_made(model, slots, adapter_name)
+        scalings = scalings_over(model, slots, parts, adapter_name)
+        if isinstance(weights, MergeWeights):
+            merged = weights.of_tensors(slots, tensors[0], scalings).combine(tensors)
+        else:
+            merged = _side_by_side(slots, tensors, mixture[mixture != 0], scalings)
+        set_adapter_tensors(model, adapter_name, merged)
+        if isinstance(weights, MergeWeights):
             keep_weights(model, adapter_name, weights)
+
+
+def _side_by_side(
+    slots: Mapping[str, Slot], adapters: Sequence[AdapterTensors], weights: Tensor, scalings: Mapping[str, Tensor]
+) -> AdapterTensors:
+    """LoRA's factors one behind the other, and the weighted sum of all else; arguments as of `combine`."""
+    rest = {key: slot for key, slot in slots.items() if slot.kind not in ("factor_a", "factor_b")}
+    merged = combine(rest, adapters, weights, scalings=scalings)
+    for key in slots.keys() - rest.keys():
+        own = [tensors[key] for tensors in adapters]
+        if slots[key].kind == "factor_a":
+            # All of a weight on one side, so that no root is rounded.
+            own = [share * tensor for share, tensor in zip(weights * scalings[key].to(weights), own)]
+        merged[key] = torch.cat(own, dim=0 if slots[key].kind == "factor_a" else 1)
+    return merged
 
 
 def keep_weights(model: AdaptedModel, adapter_name: str, weights: MergeWeights) -> None:

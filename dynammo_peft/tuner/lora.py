@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional, Union
 
-import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
@@ -127,30 +125,6 @@ class DynammoLoraModel(HeadTuner, LoraModel):
                 are unusable, or the combination type or an option does not exist.
         """
         merge_adapters(self, adapters, weights, adapter_name, combination_type, **options)
-
-    @torch.no_grad()
-    def create_concatenated_adapter(self, adapters: Sequence[str], weights: Sequence[float], merged: str) -> None:
-        """Adds an adapter whose factors are those of others one after the other, with a scaling of 1.
-
-        Those of weight 0 add nothing, and take no rank.
-
-        Args:
-            adapters (`Sequence[str]`): Names of the adapters.
-            weights (`Sequence[float]`): A weight for each.
-            merged (`str`): Name of the new adapter, of which there is none yet.
-        """
-        first = self.peft_config[adapters[0]]
-        parts = [(name, weight) for name, weight in zip(adapters, weights) if weight]
-        ranks = {key: rank * len(parts) for key, rank in first.rank_pattern.items()}
-        rank = first.r * len(parts)
-        changes = {"r": rank, "rank_pattern": ranks, "lora_alpha": rank, "alpha_pattern": ranks, "use_rslora": False}
-        self.create_merged_adapter(list(adapters), merged, **changes)
-        for layer in self.model.modules():
-            if not isinstance(layer, LoraLayer) or merged not in layer.lora_A:
-                continue
-            downs = [weight * layer.scaling[name] * layer.lora_A[name].weight for name, weight in parts]
-            layer.lora_A[merged].weight.copy_(torch.cat(downs, dim=0))
-            layer.lora_B[merged].weight.copy_(torch.cat([layer.lora_B[name].weight for name, _ in parts], dim=1))
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
         """
