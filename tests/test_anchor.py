@@ -227,3 +227,28 @@ def test_a_state_learned_without_it_is_told(scenario):  # noqa: F811
     again.model = method.model
     with pytest.raises(ValueError, match="memory_size=0 needs .* learned without; set a memory_size"):
         again.restore(*method.state())
+
+
+def test_a_class_that_came_back_takes_the_share_of_the_images_that_were_moved():
+    method, anchor = anchored(1)
+    anchor.take_in(torch.zeros(1, 10, 3), torch.zeros(10).long())
+    method.adapters = [""] * 4
+    anchor.take_in(torch.zeros(1, 30, 3), torch.arange(3).repeat_interleave(10))
+    method.adapters = [""] * 9
+    # Half of the images of the first class were there before the first merge, and half before the last four.
+    later = math.log(8 / 4) / math.log(8)
+    assert anchor.shares().tolist() == pytest.approx([0.5 + 0.5 * later, later, later])
+    again = Anchor(method)
+    again.restore(anchor.state())
+    assert again.shares().tolist() == anchor.shares().tolist()
+
+
+def test_no_covariance_is_kept_but_its_diagonal():
+    _, anchor = anchored(1)
+    features, labels = many_classes(features=16)
+    anchor.take_in(features[None], labels)
+    assert max(tensor.numel() for tensor in anchor.state().values()) == 40 * 16
+    exact = ClassStatistics()
+    exact.update(features, labels)
+    found = anchor.statistics.pooled_covariance().diagonal()
+    torch.testing.assert_close(found, exact.pooled_covariance().diagonal())

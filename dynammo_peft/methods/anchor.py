@@ -38,19 +38,21 @@ class Anchor:
         statistics (`ClassStatistics`): Of all classes under the first adapter.
         path (`Optional[Tensor]`): The map from features under the first adapter to those under the merged one, in its
             last row what is added, `(C + 1, C)`; `None` as long as one adapter is merged.
-        tasks (`dict[int, int]`): Number of the task, from 1, in which each class came.
+        tasks (`dict[int, float]`): Number of the task, from 1, in which each class came; the geometric mean over its
+            images where it came several times.
     """
 
     def __init__(self, method: Dynammo) -> None:
         self.method = method
-        self.statistics = ClassStatistics("shared", method.arguments.covariance_rank)
+        # Of the covariance only the diagonal is asked for, which is exact at any rank.
+        self.statistics = ClassStatistics("shared", rank=1)
         self.path: Optional[Tensor] = None
-        self.tasks: dict[int, int] = {}
+        self.tasks: dict[int, float] = {}
 
     def state(self) -> dict[str, Tensor]:
         """All there is to know after a task, as tensors: what `restore` takes."""
         tensors = {f"statistics.{name}": tensor for name, tensor in self.statistics.state().items()}
-        tensors["tasks"] = torch.tensor([self.tasks[label] for label in self.statistics.classes])
+        tensors["tasks"] = torch.tensor([self.tasks[label] for label in self.statistics.classes], dtype=torch.float64)
         if self.path is not None:
             tensors["path"] = self.path
         return tensors
@@ -76,9 +78,13 @@ class Anchor:
 
     def take_in(self, features: Tensor, labels: Tensor) -> None:
         """Updates the statistics by features under the first adapter, `(V, N, C)`, of images with labels `(N,)`."""
+        before = dict(self.statistics.counts)
         self.statistics.update(features, labels)
-        for label in self.statistics.classes:
-            self.tasks.setdefault(label, len(self.method.adapters))
+        now = len(self.method.adapters)
+        for label, count in self.statistics.counts.items():
+            old = before.get(label, 0) / count
+            # What is wrong for a mean over images of several tasks is the mean of what is wrong for each.
+            self.tasks[label] = self.tasks.get(label, now) ** old * now ** (1 - old)
 
     def follow(self, step: AffineMap) -> None:
         """Goes along with a merge that moved features under the merged adapter by `step`."""
@@ -98,7 +104,8 @@ class Anchor:
         """How far what the path is wrong by holds for each class known so far, `(N,)` from 0 to 1.
 
         A class of task `j` was not moved along the whole path but by the merges since. The `k`-th changes a mean of
-        adapters by a share of `1 / k`, so that of `n` adapters it is `log(n / j) / log(n)`.
+        adapters by a share of `1 / k`, so that of `n` adapters it is `log(n / j) / log(n)`; of images of several
+        tasks the mean of that.
         """
         count = len(self.method.adapters) - 1
         since = [math.log(count / self.tasks[label]) / math.log(count) for label in self.statistics.classes]
