@@ -126,7 +126,6 @@ COMPARED: dict[str, Row] = {
     "exemplars_as_others": Row(arguments={"exemplars_as_others": True, **MEAN}),
     "feature_distillation": Row(arguments={"feature_distillation": 10.0, **MEAN}),
     "exemplar_free, feature_distillation": Row(arguments={"memory_size": 0, "feature_distillation": 10.0, **MEAN}),
-    "exemplar_free, first_session": Row(arguments={"memory_size": 0, "first_session": True}),
     "recalibrate": Row(arguments={"recalibrate": True, **MEAN}),
 }
 

@@ -210,6 +210,9 @@ def test_after_the_first_session_only_heads_are_fitted(scenario):
     for name in ("task_001", "task_002", "merged"):
         found = {key: value for key, value in tensors_of(method.model, name).items() if "num_batches" not in key}
         assert_same(found, {key: first[key] for key in found}, rtol=1e-6, atol=1e-7)
+    # Nothing reads exemplars.
+    assert method.memory.images() is None
+    assert method.arguments.memory_size == 0
     # Old statistics are as they were, to the last bit.
     assert all(torch.equal(method.statistics.means[label], mean) for label, mean in means.items())
 
@@ -492,6 +495,9 @@ def test_recalibration_measures_the_statistics(scenario, learned):
     options = {"learned_weights": learned, "weights_steps": 2, "adapter_init": "random", "adapter_batch_size": 64}
     method = begun(scenario, strong(), recalibrate=True, **options)
     learn_nothing(method, scenario[0])
+    # A single adapter has its own.
+    only, first = tensors_of(method.model, "merged"), tensors_of(method.model, "task_000")
+    assert_same(only, {key: first[key] for key in only})
     shown = together(scenario[1].train, method.memory.images())
     learn_nothing(method, scenario[1])
     expected = copy.deepcopy(method.model)
@@ -623,6 +629,7 @@ def test_augmented_views_widen_the_statistics():
         ({"first_session": True, "merge": "uniform"}, {}, ["first_session", "would do nothing"]),
         ({"first_session": True, "merge_options": {"first_share": 0}}, {}, ["first_session", "merge_options"]),
         ({"first_session": True, "feature_distillation": 1.0}, {}, ["first_session", "would do nothing"]),
+        ({"first_session": True, "recalibrate": True}, {}, ["first_session", "recalibrate"]),
         ({"heads": "knn"}, {}, ["heads='knn'", "'lda', 'ridge', 'gaussians', 'exemplars'"]),
         ({"merge": "slerp"}, {}, ["merge='slerp'", *map(repr, COMBINATIONS)]),
         ({"learned_weights": "row"}, {}, ["learned_weights='row'", "'none', 'task', 'layer', 'channel'"]),

@@ -34,7 +34,8 @@ def linear_discriminant(statistics: ClassStatistics, shrinkage: float) -> tuple[
     The mean of `n` images is off by `1 / n` of the covariance, so that the squared distance of any image to it is
     expected to be too long by `trace(inverse @ covariance) / n`. That is taken off: classes of few images would lose
     their images to those of many otherwise (Moran & Murphy 1979, "A Closer Look at Two Alternative Methods of
-    Statistical Discrimination").
+    Statistical Discrimination"). The expectation is that of the true covariance; one measured on not many more images
+    than features, or fewer, shows too little of it, so that rare classes still lose some.
 
     Args:
         statistics (`ClassStatistics`): Of all classes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Optional, Union
 
 import torch
@@ -60,6 +61,9 @@ class Dynammo(TwoStageMethod):
         arguments: Optional[DynammoArguments] = None,
         config: Optional[HeadConfig] = None,
     ) -> None:
+        if arguments is not None and arguments.first_session:
+            # Nothing would read exemplars.
+            arguments = replace(arguments, memory_size=0)
         super().__init__(model, arguments, config)
         self.merging = Merging(self)
         options = self.arguments.filled_in(self.config)

@@ -46,7 +46,11 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
         },
     )
     first_session: bool = field(
-        default=False, metadata={"help": "Train an adapter on the first task only; later tasks fit heads alone."}
+        default=False,
+        metadata={
+            "help": "Train an adapter on the first task only; later tasks fit heads alone. No exemplars are kept, "
+            "whatever memory_size is: nothing would read them."
+        },
     )
     exemplars_as_others: Optional[bool] = field(
         default=None,
@@ -123,16 +127,16 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
 
     def _check_training(self) -> None:
         """Refuses learned merge weights that nothing tells, and options of a training that does not take place."""
+        merges = self.merge is not None or self.merge_options or self.learns or self.recalibrate
+        if self.first_session and (merges or self.feature_distillation):
+            raise ValueError(
+                "first_session trains one adapter only, so merge, merge_options, learned_weights, recalibrate and "
+                "feature_distillation would do nothing; leave them out."
+            )
         if self.learns and self.weights_objective == "statistics" and self.heads == "exemplars":
             raise ValueError("weights_objective='statistics' needs class statistics, which heads='exemplars' has not.")
         if self.learns and self.weights_objective != "entropy" and self.memory_size == 0:
             raise ValueError(
                 "Without exemplars merge weights would be learned on the newest classes alone; set memory_size, or "
                 "weights_objective='entropy'."
-            )
-        merges = self.merge is not None or self.merge_options or self.learns
-        if self.first_session and (merges or self.feature_distillation):
-            raise ValueError(
-                "first_session trains one adapter only, so merge, merge_options, learned_weights and "
-                "feature_distillation would do nothing; leave them out."
             )

@@ -252,7 +252,8 @@ class Merging:
             )
 
     def _recalibrate(self, merged: str, shown: LabelledImages) -> None:
-        if self.arguments.recalibrate:
+        # The statistics of a single adapter are measured already, in training.
+        if self.arguments.recalibrate and len(self.method.adapters) > 1:
             recalibrate(self.method.model, merged, self._batches(shown, balanced=False))
 
     def _batches(self, images: LabelledImages, balanced: bool) -> _Batches:
