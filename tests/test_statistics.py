@@ -332,3 +332,27 @@ def test_shrinkage_must_be_a_share():
     statistics.update(*drawn())
     with pytest.raises(ValueError, match=r"shrinkage=1\.5"):
         statistics.class_covariance(0, statistics.pooled_covariance(), 1.5)
+
+
+def test_where_all_classes_have_too_few_images_these_are_pooled():
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(400).repeat_interleave(3)
+    features = 5 * torch.randn(400, 4, generator=generator)[labels] + 0.05 * torch.randn(1200, 4, generator=generator)
+    statistics = ClassStatistics("class")
+    statistics.update(features, labels)
+    pooled = statistics.pooled_covariance()
+    centred = (
+        features.double() - torch.stack([features[labels == label].double().mean(0) for label in range(400)])[labels]
+    )
+    torch.testing.assert_close(pooled, centred.T @ centred / 800)
+    torch.testing.assert_close(pooled.diagonal().sqrt(), torch.full((4,), 0.05).double(), atol=0.003, rtol=0)
+    single = ClassStatistics("class")
+    single.update(features[::3], labels[::3])
+    assert torch.equal(single.pooled_covariance(), torch.eye(4).double())
+
+
+def test_a_feature_that_was_silent_does_not_choose_alone():
+    before, after, labels = drifting_classes(0, 6, change=0.3, noise=0.0)
+    silent, wakes = torch.zeros(len(before), 1), 0.01 * torch.randn(len(before), 1, generator=torch.manual_seed(1))
+    expected = choose_ridge(before, after, labels)
+    assert choose_ridge(torch.cat([before, silent], dim=1), torch.cat([after, wakes], dim=1), labels) == expected

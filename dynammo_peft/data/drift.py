@@ -88,6 +88,8 @@ def choose_ridge(
     if len(classes) == 1:
         return 1.0
     variances = _variances(before)
+    # Each feature's own spread; of one that was silent before, which would be all that counts, a part of that after.
+    units = torch.maximum(variances, _variances(after) / 10)
     errors = torch.zeros(len(candidates), dtype=torch.float64)
     for fold in range(min(folds, len(classes))):
         held = torch.isin(labels, classes[fold::folds])
@@ -98,8 +100,7 @@ def choose_ridge(
         for index, ridge in enumerate(candidates):
             root = torch.linalg.cholesky(fit.system(ridge))
             predicted = moved + torch.cholesky_solve(fit.from_features(moved).T, root).T @ fit.change
-            # In units of each feature's own spread.
-            errors[index] += ((found - predicted).square() / variances).sum()
+            errors[index] += ((found - predicted).square() / units).sum()
     return candidates[int(errors.argmin())]
 
 

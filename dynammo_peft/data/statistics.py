@@ -178,6 +178,8 @@ class ClassStatistics:
     def pooled_covariance(self) -> Tensor:
         """Covariance within classes, `(C, C)`: the shared one, or the mean over classes that have enough images.
 
+        If none has, that of all their images; the identity where there is a single one of each.
+
         Raises:
             ValueError: If no class is known.
         """
@@ -185,7 +187,13 @@ class ClassStatistics:
         if self.covariance == "shared":
             return self._scatters[SHARED].dense() / sum(self.counts.values())
         parts = [self._scatters[label].dense() / n for label, n in self.counts.items() if n >= FEWEST_IMAGES]
-        return sum(parts) / len(parts) if parts else torch.eye(self.mean_matrix().shape[1], dtype=torch.float64)
+        if parts:
+            return sum(parts) / len(parts)
+        # All together: around its own mean a class of n images shows n - 1 deviations.
+        deviations = sum(self.counts.values()) - len(self.counts)
+        if not deviations:
+            return torch.eye(self.features, dtype=torch.float64)
+        return sum(self._scatters[label].dense() for label in self.counts) / deviations
 
     def class_covariance(self, label: int, pooled: Tensor, shrinkage: Optional[float] = None) -> Tensor:
         """A class's covariance, shrunk towards the pooled one.
