@@ -179,3 +179,10 @@ def test_unusable_arguments():
     blocks = get_peft_model(tiny_model("vit"), DynammoConfig(), "task_000")
     with pytest.raises(ValueError, match="'task_000' has no linear layer"):
         input_grams(blocks, "task_000", [images])
+
+
+def test_batches_of_mappings():
+    model, images, labels = lora_model(), tiny_images("vit", 3), torch.tensor([0, 2, 1])
+    mapping = [{"pixel_values": images, "labels": labels}]
+    assert_same(diagonal_fisher(model, "first", mapping), diagonal_fisher(model, "first", [(images, labels)]))
+    assert_same(input_grams(model, "first", mapping), input_grams(model, "first", [images]))

@@ -463,3 +463,28 @@ def test_the_check_leaves_derivatives_alone():
 def test_unusable_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         COMBINATIONS[name](random_adapters(), torch.ones(3), **options)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ([], "No adapters to merge"),
+        (
+            [{"a": torch.ones(2)}, {"a": torch.ones(3)}],
+            r"Adapters 0 and 1 differ in the shape of a \(\(2,\) and \(3,\)\)",
+        ),
+        ([{"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.ones(2)}], "differ in the shape of b"),
+        ([{"a": torch.ones(2), "b": torch.ones(2)}, {"a": torch.ones(2)}], "differ in the shape of b"),
+    ],
+)
+@pytest.mark.parametrize("name", ["linear", "uniform", "anchored_mean", "exponential_moving_average"])
+def test_adapters_with_other_tensors_are_refused(name, adapters, message):
+    options = {"decay": 0.5} if name == "exponential_moving_average" else {}
+    with pytest.raises(ValueError, match=message):
+        COMBINATIONS[name](adapters, torch.ones(len(adapters)), **options)
+
+
+def test_whole_numbers_are_weights_too():
+    adapters = random_adapters(2)
+    assert_same(linear(adapters, torch.tensor([1, -1])), linear(adapters, torch.tensor([1.0, -1.0])))
+    assert_same(uniform(adapters, torch.tensor([1, 1])), uniform(adapters, torch.ones(2)))

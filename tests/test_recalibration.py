@@ -84,3 +84,23 @@ def test_adapters_without_batch_norm_need_nothing():
     recalibrate(model, "default", [])
     with pytest.raises(ValueError, match="'other' does not exist"):
         recalibrate(model, "other", [])
+
+
+def test_mappings_do_as_well(model):
+    images = tiny_images("resnet_basic", 8)
+    recalibrate(model, "task_000", [images])
+    expected = [norm.running_mean.clone() for norm in norms(model)]
+    recalibrate(model, "task_000", [{"pixel_values": images, "labels": torch.zeros(8)}])
+    assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms(model), expected))
+
+
+def test_a_layer_that_the_forward_passes_by_keeps_its_statistics(model):
+    before = [norm.running_mean.clone() for norm in norms(model)]
+
+    def first_stage(base, images):
+        base.resnet.encoder.stages[0](base.resnet.embedder(images))
+
+    recalibrate(model, "task_000", [tiny_images("resnet_basic", 8)], forward=first_stage)
+    changed = [not torch.equal(norm.running_mean, mean) for norm, mean in zip(norms(model), before)]
+    assert any(changed) and not all(changed)
+    assert all(buffer.isfinite().all() for norm in norms(model) for buffer in norm.buffers())

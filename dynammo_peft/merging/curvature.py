@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Optional, Union
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .adapters import AdaptedModel, AdapterTensors, adapted_base, adapter_slots, adapter_tensors
+from .objectives import inputs_and_labels
 from .state import adapter_used
 
 
-Batch = Union[Tensor, tuple[Tensor, Tensor]]
+Batch = Union[Tensor, tuple[Tensor, Tensor], Mapping[str, Tensor]]
 # Of the model and images `(B, 3, H, W)`; gives logits `(B, N)`.
 Forward = Callable[[nn.Module, Tensor], Tensor]
 # Of logits and labels `(B,)`; gives the mean negative log-likelihood.
@@ -48,8 +50,9 @@ def diagonal_fisher(
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
         adapter (`str`): Name of an adapter.
-        batches (`Iterable[Union[Tensor, tuple[Tensor, Tensor]]]`):
-            Normalised images `(B, 3, H, W)`, or pairs of them and labels `(B,)`.
+        batches (`Iterable[Union[Tensor, tuple[Tensor, Tensor], Mapping[str, Tensor]]]`):
+            Normalised images `(B, 3, H, W)`, pairs of them and labels `(B,)`, or mappings with `pixel_values` and, if
+            there are any, `labels`.
         loss (`Optional[Callable]`): Of logits and labels; `None`: cross-entropy.
         draws (`Optional[int]`): Labels to draw for each image without one; `None`: all classes by probability.
         seed (`int`): Seed of the draws; other random numbers are not touched.
@@ -162,8 +165,8 @@ def input_grams(
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
         adapter (`str`): Name of an adapter.
-        batches (`Iterable[Union[Tensor, tuple[Tensor, Tensor]]]`):
-            Normalised images `(B, 3, H, W)`, or pairs of them and labels, which are not used.
+        batches (`Iterable[Union[Tensor, tuple[Tensor, Tensor], Mapping[str, Tensor]]]`):
+            Normalised images `(B, 3, H, W)`, also with labels, as in `diagonal_fisher`; these are not used.
         forward (`Callable`): Of model and images, runs the model.
 
     Returns:
@@ -212,5 +215,5 @@ def _on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[tuple[Ten
     """Images, and labels or `None`, on the model's device."""
     device = next(model.parameters()).device
     for batch in batches:
-        images, labels = batch if isinstance(batch, (tuple, list)) else (batch, None)
-        yield images.to(device), None if labels is None else labels.to(device)
+        images, labels = inputs_and_labels(send_to_device(batch, device))
+        yield images["pixel_values"] if isinstance(images, Mapping) else images, labels

@@ -1,8 +1,9 @@
 """Merge functions: several adapters' tensors and a weight for each, to one adapter's tensors.
 
 They know nothing of models or of adapters' layouts, so that they serve any PEFT method. Statistics of BatchNorm are
-not for them, but for `average_statistics`. All raise a `ValueError` if there is not one weight for each adapter, one
-is not finite or all are zero; means also if one is negative.
+not for them, but for `average_statistics`. All raise a `ValueError` if there is no adapter or one has other tensors
+than the first; those that heed weights, if there is not one for each adapter, one is not finite or all are zero, and
+means also if one is negative.
 """
 
 from __future__ import annotations

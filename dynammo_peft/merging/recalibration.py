@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from .adapters import AdaptedModel, adapted_base, adapter_slots
-from .objectives import classify, inputs_and_labels
+from .objectives import classify
 from .state import adapter_used
 
 
@@ -30,8 +31,8 @@ def recalibrate(
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
         adapter (`str`): Name of the adapter; without BatchNorm there is nothing to do.
-        batches (`Iterable`): Normalised images `(B, 3, H, W)`, or pairs of them and labels.
-        forward (`Callable`): Of base model and batch, how to run it.
+        batches (`Iterable`): Normalised images `(B, 3, H, W)`, pairs of them and labels, or mappings.
+        forward (`Callable`): Of base model and batch, how to run it. A layer that it passes by keeps its statistics.
 
     Raises:
         ValueError: If the adapter does not exist, there are no batches, or what reaches a layer is not finite. The
@@ -50,15 +51,14 @@ def recalibrate(
                 norm.train()
             device = next(base.parameters()).device
             for batch in batches:
-                images, labels = inputs_and_labels(batch)
-                forward(base, (images.to(device), labels) if isinstance(images, Tensor) else batch)
+                forward(base, send_to_device(batch, device))
     finally:
         for handle in handles:
             handle.remove()
         for norm, statistics in zip(norms, before):
             for name, buffer in norm.named_buffers():
                 buffer.copy_(statistics[name])
-    if sums[norms[0]].count == 0:
+    if not any(measured.count for measured in sums.values()):
         raise ValueError("batches holds no images; statistics are a mean over them.")
     if not all(measured.squares.isfinite().all() for measured in sums.values()):
         raise ValueError(
@@ -66,6 +66,9 @@ def recalibrate(
             "statistics; look for it in the images of batches, then in the adapter's tensors."
         )
     for norm, measured in sums.items():
+        if not measured.count:
+            # A layer that the forward passes by.
+            continue
         mean = measured.total / measured.count
         norm.running_mean.copy_(mean)
         norm.running_var.copy_((measured.squares / measured.count - mean.square()).clamp(min=0))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .adapters import AdapterTensors
+from .checks import check_shapes
 
 
 Combine = Callable[..., AdapterTensors]
@@ -96,6 +97,10 @@ def merge_function(**properties: Any) -> Callable[[Combine], Combine]:
     def register(function: Combine) -> Combine:
         @wraps(function)
         def checked(adapters: Sequence[AdapterTensors], weights: Tensor, **options: Any) -> AdapterTensors:
+            if not adapters:
+                raise ValueError("No adapters to merge; give at least one.")
+            check_shapes(adapters, range(len(adapters)))
+            weights = weights if weights.is_floating_point() else weights.double()
             if entry.proportions is None:
                 check_weight_tensor(weights, len(adapters), allow_negative=not entry.averages)
             return function(adapters, weights, **options)
