@@ -37,8 +37,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Task adapters: 'conv', convolutions in front of blocks (DynaMMo's), or 'lora', LoRA inside them. "
-            "If unset, LoRA for plain transformers, unless preset='paper', reduction_factor or offload_adapters asks "
-            "for convolutions."
+            "If unset, LoRA for plain transformers, unless preset='paper' or reduction_factor asks for convolutions."
         },
     )
     lora_rank: Optional[int] = field(default=None, metadata={"help": "Rank of LoRA; 8 if unset."})

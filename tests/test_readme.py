@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModel, LoraConfig, get_peft_model
 from test_recipe import image_folder
 from tiny import tiny_dataset, tiny_images, tiny_model, tiny_processor
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, pipeline
 
 from dynammo_peft import ClassIncrementalScenario, Dynammo, DynammoArguments, Learner
 from dynammo_peft.merging import COMBINATIONS
@@ -32,6 +32,13 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     names = {"pixel_values": torch.randn(1, 3, 32, 32)}
     exec(load, names)
     assert names["label"] in {f"class {index}" for index in range(4)}
+    # As the text below the code says.
+    learned = AutoPeftModel.from_pretrained("cells-model/merged").eval()
+    loaded = AutoModelForImageClassification.from_pretrained("cells-model/merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(names["pixel_values"]).logits, learned(names["pixel_values"]).logits)
+    found = pipeline("image-classification", model="cells-model/merged")(tiny_dataset()[0]["image"])
+    assert len(found) == 4
 
 
 def test_the_code_about_interruptions_runs(tmp_path, monkeypatch):
