@@ -59,7 +59,14 @@ class ModelArguments:
     reduction_factor: Optional[int] = field(
         default=None, metadata={"help": "Channels over bottleneck channels; chosen by cost if unset."}
     )
-    scoring: Optional[Scoring] = field(default=None, metadata={"help": "How the heads of tasks are compared."})
+    scoring: Optional[Scoring] = field(
+        default=None,
+        metadata={
+            "help": "How the heads of tasks are compared: each class with its head's \"others\" ('log_odds'), or "
+            "first the heads by how little they say \"others\" ('min_others', the paper's). 'log_odds' if unset, "
+            "unless preset='paper'."
+        },
+    )
     flips: Optional[list[Flip]] = field(
         default=None,
         metadata={

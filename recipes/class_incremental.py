@@ -8,6 +8,7 @@ Plainly, or on whatever `accelerate config` describes, with options from a YAML 
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -120,6 +121,10 @@ class DataArguments:
     streaming: bool = field(default=False, metadata={"help": "Stream the data set into cache_dir; no download."})
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the lines of the description as they are."""
+
+
 def parse_arguments(argv: list[str]) -> tuple[RunArguments, ModelArguments, DataArguments, Any]:
     """Options from an optional YAML file, the first argument, and then from the command line, which wins.
 
@@ -136,7 +141,7 @@ def parse_arguments(argv: list[str]) -> tuple[RunArguments, ModelArguments, Data
     if name not in METHODS:
         raise ValueError(f"method={name!r} does not exist; choose one of {', '.join(METHODS)}.")
     groups = [RunArguments, ModelArguments, DataArguments, METHODS[name].arguments_cls]
-    parser = HfArgumentParser(groups, description=__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(groups, description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     unknown = sorted(set(options) - {action.dest for action in parser._actions})
     if unknown:
         raise ValueError(f"Option {unknown[0]!r} does not exist for method {name!r}; see --help for those that do.")

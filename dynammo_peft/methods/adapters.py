@@ -56,15 +56,31 @@ class AdapterMethodArguments(MethodArguments):
         default_factory=lambda: [0.35, 0.65, 0.85],
         metadata={"help": "Stage 1: shares of the stage after which the schedule 'step' multiplies by 0.1."},
     )
-    head_optimizer: Optimizer = field(default="adam", metadata={"help": "Stage 2: optimizer."})
-    head_learning_rate: float = field(default=1e-3, metadata={"help": "Stage 2: learning rate."})
-    head_weight_decay: float = field(default=0.0, metadata={"help": "Stage 2: weight decay."})
-    head_epochs: int = field(default=50, metadata={"help": "Stage 2: passes over the balanced set's features."})
-    head_batch_size: int = field(default=32, metadata={"help": "Stage 2: features a step and process."})
-    head_schedule: Schedule = field(default="cosine", metadata={"help": "Stage 2: learning rate schedule."})
+    head_optimizer: Optimizer = field(
+        default="adam", metadata={"help": "Stage 2, of heads trained by gradient: optimizer."}
+    )
+    head_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Stage 2, of heads trained by gradient: learning rate."}
+    )
+    head_weight_decay: float = field(
+        default=0.0, metadata={"help": "Stage 2, of heads trained by gradient: weight decay."}
+    )
+    head_epochs: int = field(
+        default=50,
+        metadata={"help": "Stage 2, of heads trained by gradient: passes over the balanced set's features."},
+    )
+    head_batch_size: int = field(
+        default=32, metadata={"help": "Stage 2, of heads trained by gradient: features a step and process."}
+    )
+    head_schedule: Schedule = field(
+        default="cosine", metadata={"help": "Stage 2, of heads trained by gradient: learning rate schedule."}
+    )
     head_milestones: list[float] = field(
         default_factory=lambda: [0.55, 0.8],
-        metadata={"help": "Stage 2: shares of the stage after which the schedule 'step' multiplies by 0.1."},
+        metadata={
+            "help": "Stage 2, of heads trained by gradient: shares of the stage after which the schedule 'step' "
+            "multiplies by 0.1."
+        },
     )
 
     def optimization(self, stage: Literal["adapter", "head"]) -> Optimization:

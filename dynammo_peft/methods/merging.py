@@ -46,9 +46,9 @@ class MergingArguments:
     merge: Optional[str] = field(
         default=None,
         metadata={
-            "help": "Merge function, as 'ties' or 'fisher'. If unset, 'anchored_mean': half way from the first task's "
-            "adapter to the mean of all; with learned weights, preset='paper' or LoRA of adapter_init='random' the "
-            "mean ('linear', of LoRA 'cat')."
+            "help": f"Merge function: {', '.join(name for name in COMBINATIONS if name not in RUNNING)}, or of LoRA "
+            "'cat'. If unset, 'anchored_mean': half way from the first task's adapter to the mean of all; with "
+            "learned weights, preset='paper' or LoRA of adapter_init='random' the mean ('linear', of LoRA 'cat')."
         },
     )
     merge_options: Optional[str] = field(
