@@ -326,6 +326,11 @@ def test_learned_weights_are_of_a_weighted_sum():
         dp.Dynammo(tiny_model("vit"), arguments, DynammoLoraConfig())
 
 
+def test_there_is_nothing_to_recalibrate():
+    with pytest.raises(ValueError, match="recalibrate measures BatchNorm statistics, which LoRA has none of"):
+        dp.Dynammo(tiny_model("vit"), dp.DynammoArguments(recalibrate=True))
+
+
 def test_adapter_names_that_would_be_mixed_up_are_refused():
     with pytest.raises(ValueError, match="'lora_'"):
         get_peft_model(tiny_model("vit"), config(["a"]), "lora_task")

@@ -120,6 +120,8 @@ class Merging:
         self.takes_base = "base" in automatic
         self.measurements = Measurements(method, automatic, self.combination_type)
         self._check_learning()
+        if self.arguments.recalibrate and method.config.folds:
+            raise ValueError("recalibrate measures BatchNorm statistics, which LoRA has none of; leave it out.")
         if self.arguments.offload_adapters is not None:
             self._check_offload()
 
