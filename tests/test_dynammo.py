@@ -146,7 +146,7 @@ def uint8_images(root):
 def test_without_memory_no_image_is_kept(scenario, heads):
     # Everything that looks at images of a task is switched on.
     options = {"memory_size": 0, "heads": heads, "learned_weights": "layer", "weights_steps": 1, "recalibrate": True}
-    method = begun(scenario, **options, weights_objective="entropy")
+    method = begun(scenario, DynammoConfig(), **options, weights_objective="entropy")
     for task in scenario:
         stages = learn_nothing(method, task)
         labels = {label for stage in stages if stage.name == "adapter" for label in stage.data.labels.tolist()}
@@ -588,7 +588,8 @@ def test_two_runs_with_one_seed_are_equal(options):
     for attempt in range(2):
         # What happened before must not matter.
         torch.manual_seed(attempt)
-        method, results = fit(coloured_tasks(classes=4), **{"adapter_epochs": 1, "head_epochs": 2, **options})
+        options = {"adapter_epochs": 1, "head_epochs": 2, **options}
+        method, results = fit(coloured_tasks(classes=4), DynammoConfig(), **options)
         statistics = [method.statistics.mean_matrix(), method.statistics.pooled_covariance()]
         runs.append((state(method.model), statistics, results.metrics()))
     assert runs[0][0].keys() == runs[1][0].keys()

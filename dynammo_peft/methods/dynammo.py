@@ -61,7 +61,7 @@ class Dynammo(TwoStageMethod):
         arguments: Optional[DynammoArguments] = None,
         config: Optional[HeadConfig] = None,
     ) -> None:
-        if arguments is not None and arguments.first_session:
+        if isinstance(arguments, DynammoArguments) and arguments.first_session:
             # Nothing would read exemplars.
             arguments = replace(arguments, memory_size=0)
         super().__init__(model, arguments, config)
