@@ -353,6 +353,7 @@ def test_where_all_classes_have_too_few_images_these_are_pooled():
 
 def test_a_feature_that_was_silent_does_not_choose_alone():
     before, after, labels = drifting_classes(0, 6, change=0.3, noise=0.0)
-    silent, wakes = torch.zeros(len(before), 1), 0.01 * torch.randn(len(before), 1, generator=torch.manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    silent, wakes = torch.zeros(len(before), 1), 0.01 * torch.randn(len(before), 1, generator=generator)
     expected = choose_ridge(before, after, labels)
     assert choose_ridge(torch.cat([before, silent], dim=1), torch.cat([after, wakes], dim=1), labels) == expected
