@@ -182,7 +182,7 @@ def class_groups(names: list[list[str]], classes_per_task: int, seed: int) -> li
 
 
 def run_seed(
-    backbone: str, name: str, seed: int, epochs: int, rows: list[str], validation_fraction: float, out: Path
+    backbone: str, name: str, seed: int, epochs: Optional[int], rows: list[str], validation_fraction: float, out: Path
 ) -> None:
     """Runs rows that have no result yet on one class order, and appends their results to `out`."""
     sequence = SEQUENCES[name]
@@ -208,7 +208,7 @@ def run_seed(
         for tasks in (groups, [list(chain(*groups))])
     )
     part = f"validation_{validation_fraction}" if validation_fraction else "test"
-    adapters = out.parent / "adapters" / part / f"{backbone}-{name}-seed_{seed}-epochs_{epochs}"
+    adapters = out.parent / "adapters" / part / f"{backbone}-{name}-seed_{seed}-epochs_{epochs or 'default'}"
     features: dict[tuple[str, str], Tensor] = {}
     for row in missing:
         settings = ROWS[row]
@@ -267,10 +267,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--core", action="store_true", help=f"The rows {', '.join(CORE)} only.")
-    parser.add_argument("--epochs", type=int, default=5, help="Of stage 1, for each task.")
+    parser.add_argument(
+        "--epochs", type=int, default=5, help="Of stage 1, for each task; 0: as many as the package takes by default."
+    )
     parser.add_argument("--validation_fraction", type=float, default=0.0)
     parser.add_argument("--report", action="store_true", help="Only print the tables of the results so far.")
     args = parser.parse_args()
+    args.epochs = args.epochs or None
     if args.data_dir is not None:
         folder, classes, memory = args.data_dir.resolve(), args.classes_per_task, args.memory_size
         # Neither results nor adapters of other tasks are to be taken for these.
@@ -286,7 +289,7 @@ def main() -> None:
                     rows = list(CORE) if args.core else args.rows
                     with sdpa_kernel(SDPBackend.MATH):
                         run_seed(backbone, sequence, seed, args.epochs, rows, args.validation_fraction, out)
-    lines = [line for line in read(out) if line["seed"] in args.seeds]
+    lines = [line for line in read(out) if line["seed"] in args.seeds and line["epochs"] == args.epochs]
     at_once = [row for row, settings in ROWS.items() if settings.at_once]
     print(overview(lines, TABLE, at_once))
     print(details(lines, list(ROWS), at_once))

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tiny import tiny_dataset, tiny_model, tiny_processor
 
+from dynammo_peft.methods import base
+
 
 @pytest.fixture
 def benchmark(tmp_path, monkeypatch):
@@ -79,6 +81,22 @@ def test_own_images_become_a_sequence_for_each_division(benchmark, tmp_path, mon
         # An adapter a task, of a sequence's own.
         trained = (tmp_path / "results" / "adapters" / "test").glob(f"deit_tiny-{name}-*/*.safetensors")
         assert len([*trained]) == tasks
+
+
+def test_results_of_other_epochs_are_kept_apart(benchmark, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(base, "MIN_UPDATES", 0)
+    monkeypatch.setattr(base, "EPOCHS", 1)
+    command = "merging.py --backbones deit_tiny --sequences tiny_imagenet_40 --seeds 0 --rows"
+    for rows, epochs in (("default", 1), ("first_session", 0)):
+        monkeypatch.setattr(sys, "argv", [*command.split(), rows, "--epochs", str(epochs)])
+        benchmark.main()
+        shown = capsys.readouterr().out.splitlines()
+        measured = [line.split("|")[1].strip() for line in shown if line.startswith("| `") and line.endswith("| 0 |")]
+        assert measured == [f"`{rows}`"]
+    assert [line["epochs"] for line in benchmark.read(tmp_path / "results" / "merging.jsonl")] == [1, None]
+    trained = (tmp_path / "results" / "adapters" / "test").iterdir()
+    assert sorted(folder.name.rpartition("_")[2] for folder in trained) == ["1", "default"]
 
 
 def line(row, seed, last, average, backbone="a"):

@@ -1,6 +1,7 @@
 """DynaMMo, ACL and joint training: what they train, what they merge, and how they name classes."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +17,15 @@ from dynammo_peft import (
     METHODS,
     ClassIncrementalScenario,
     Dynammo,
+    DynammoArguments,
     DynammoConfig,
     Joint,
     Learner,
     forward_cost,
 )
-from dynammo_peft.methods import Optimization
+from dynammo_peft.data import BatchTransform
+from dynammo_peft.methods import Optimization, Stage
+from dynammo_peft.training.loop import TrainingLoop
 
 
 # What is run: methods, and DynaMMo as the paper has it.
@@ -526,6 +530,29 @@ def test_each_stage_has_its_own_options():
     options = arguments(adapter_optimizer="sgd", adapter_milestones=[0.2], head_schedule="step", head_weight_decay=0.1)
     assert options.optimization("adapter") == Optimization("sgd", 2e-2, 5e-4, 3, 8, "cosine", [0.2])
     assert options.optimization("head") == Optimization("adam", 3e-2, 0.1, 20, 8, "step", [0.55, 0.8])
+
+
+def test_tasks_of_few_images_are_passed_over_more_often():
+    by_default = Optimization("sgd", 0.5, 0.0, DynammoArguments().adapter_epochs, 32, "cosine")
+    assert [by_default.epochs_of(updates) for updates in (1, 7, 29, 30, 500)] == [300, 43, 11, 10, 10]
+    assert replace(by_default, epochs=3).epochs_of(1) == 3
+
+
+@pytest.mark.parametrize(("accumulated", "epochs"), [(1, 75), (2, 150), (3, 150), (4, 300)])
+def test_default_epochs_count_updates(accumulated, epochs):
+    network = torch.nn.Linear(2, 1)
+
+    def observe(network, inputs, labels):
+        return network(inputs).mean(), labels == 0
+
+    data = torch.utils.data.TensorDataset(torch.ones(7, 2), torch.zeros(7))
+    stage = Stage("adapter", network, data, observe, Optimization("sgd", 0.5, 0.0, None, 2, "cosine"))
+    accelerator = Accelerator(gradient_accumulation_steps=accumulated)
+    loop = TrainingLoop(stage, accelerator, BatchTransform((0.5,) * 3, (0.5,) * 3), seed=0)
+    assert (loop.batches, loop.epochs, len(loop)) == (4, epochs, 4 * epochs)
+    rates = [loop.scheduler.get_last_lr()[0] for _ in loop]
+    # The schedule ends with the last update and not before.
+    assert rates[-1] == pytest.approx(0, abs=1e-9) and min(rates[:-accumulated]) > 0
 
 
 @pytest.mark.parametrize(

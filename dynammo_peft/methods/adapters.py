@@ -49,7 +49,12 @@ class AdapterMethodArguments(MethodArguments):
     adapter_optimizer: Optimizer = field(default="adamw", metadata={"help": "Stage 1: optimizer."})
     adapter_learning_rate: float = field(default=2e-3, metadata={"help": "Stage 1: learning rate."})
     adapter_weight_decay: float = field(default=5e-4, metadata={"help": "Stage 1: weight decay."})
-    adapter_epochs: int = field(default=10, metadata={"help": "Stage 1: passes over the task's images."})
+    adapter_epochs: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Stage 1: passes over the task's images. The default: 10, and as many more as 300 updates take."
+        },
+    )
     adapter_batch_size: int = field(default=32, metadata={"help": "Stage 1: images a step and process."})
     adapter_schedule: Schedule = field(default="cosine", metadata={"help": "Stage 1: learning rate schedule."})
     adapter_milestones: list[float] = field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from ..tuner.head_config import check_choice
 Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["cosine", "constant", "step"]
 
+# Unless told otherwise. Few images are soon passed over, and adapters learn little in few updates.
+EPOCHS, MIN_UPDATES = 10, 300
+
 
 @dataclass(frozen=True)
 class Optimization:
@@ -31,7 +35,7 @@ class Optimization:
         optimizer (`Literal["sgd", "adam", "adamw"]`): SGD has a momentum of 0.9.
         learning_rate (`float`): At the start.
         weight_decay (`float`): As the optimizer understands it.
-        epochs (`int`): Passes over the data.
+        epochs (`Optional[int]`): Passes over the data; `None`: 10, and as many more as 300 updates take.
         batch_size (`int`): Images (or features) a step and process.
         schedule (`Literal["cosine", "constant", "step"]`): `"step"` multiplies the learning rate by 0.1 at milestones.
         milestones (`Sequence[float]`): For `"step"`, as shares of the stage.
@@ -40,7 +44,7 @@ class Optimization:
     optimizer: Optimizer
     learning_rate: float
     weight_decay: float
-    epochs: int
+    epochs: Optional[int]
     batch_size: int
     schedule: Schedule
     milestones: Sequence[float] = ()
@@ -49,8 +53,13 @@ class Optimization:
         check_choice("optimizer", self.optimizer, Optimizer)
         check_choice("schedule", self.schedule, Schedule)
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+
+    def epochs_of(self, updates: int) -> int:
+        """Passes over data that take `updates` updates each."""
+        return self.epochs if self.epochs is not None else max(EPOCHS, math.ceil(MIN_UPDATES / updates))
 
     def make(self, network: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
         """An optimizer for the trainable parameters of `network` and a schedule over `steps` steps."""

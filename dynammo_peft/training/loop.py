@@ -57,16 +57,16 @@ class TrainingLoop:
         self.num_workers = num_workers
         self.batch_size = stage.optimization.batch_size * accelerator.num_processes
         check_shares(len(stage.data), self.batch_size, accelerator.num_processes)
-        self.epochs = stage.optimization.epochs
         self.batches = number_of_batches(len(stage.data), self.batch_size)
+        updates = math.ceil(self.batches / accelerator.gradient_accumulation_steps)
+        self.epochs = stage.optimization.epochs_of(updates)
         self.epoch = self.batch = 0
         stage.network.train()
         if running is not None:
             restore_tensors(stage.network, running["trained"])
         # The stage's own network, unless training shards it.
         self.trained = training_copy(accelerator, stage.network)
-        updates = self.epochs * math.ceil(self.batches / accelerator.gradient_accumulation_steps)
-        optimizer, self.scheduler = stage.optimization.make(self.trained, updates)
+        optimizer, self.scheduler = stage.optimization.make(self.trained, self.epochs * updates)
         self.network, self.optimizer = prepare(accelerator, self.trained, optimizer, stage.optimization.batch_size)
         # Loss and hits, summed over this process's images of the epoch, and how many these were.
         self.totals = torch.zeros(2, device=accelerator.device)
