@@ -17,7 +17,7 @@ from ..data import ClassIncrementalScenario, LabelledImages
 from ..data.memory import Selection
 from ..tuner import TASK_ADAPTERS, HeadConfig, default_adapter
 from ..tuner.head_config import check_choice
-from .base import Method, MethodArguments, Optimization, Optimizer, Schedule
+from .base import EPOCHS, MIN_UPDATES, Method, MethodArguments, Optimization, Optimizer, Schedule
 from .offload import AdapterFolder
 
 
@@ -52,7 +52,8 @@ class AdapterMethodArguments(MethodArguments):
     adapter_epochs: Optional[int] = field(
         default=None,
         metadata={
-            "help": "Stage 1: passes over the task's images. The default: 10, and as many more as 300 updates take."
+            "help": f"Stage 1: passes over the task's images. The default: {EPOCHS}, and as many more as "
+            f"{MIN_UPDATES} updates take."
         },
     )
     adapter_batch_size: int = field(default=32, metadata={"help": "Stage 1: images a step and process."})

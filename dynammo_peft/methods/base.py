@@ -52,9 +52,8 @@ class Optimization:
     def __post_init__(self) -> None:
         check_choice("optimizer", self.optimizer, Optimizer)
         check_choice("schedule", self.schedule, Schedule)
-        for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
+        for name, value in {"epochs": self.epochs_of(1), "batch_size": self.batch_size}.items():
+            if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
 
     def epochs_of(self, updates: int) -> int:
