@@ -630,6 +630,8 @@ def test_augmented_views_widen_the_statistics():
         ({"first_session": True, "merge": "uniform"}, {}, ["first_session", "would do nothing"]),
         ({"first_session": True, "merge_options": {"first_share": 0}}, {}, ["first_session", "merge_options"]),
         ({"first_session": True, "feature_distillation": 1.0}, {}, ["first_session", "would do nothing"]),
+        ({"first_session": True, "drift_ridge": 0.5}, {}, ["drift_ridge", "would do nothing"]),
+        ({"heads": "exemplars", "drift_ridge": 0.5}, {}, ["drift_ridge", "heads='exemplars'"]),
         ({"first_session": True, "recalibrate": True}, {}, ["first_session", "recalibrate"]),
         ({"heads": "knn"}, {}, ["heads='knn'", "'lda', 'ridge', 'gaussians', 'exemplars'"]),
         ({"merge": "slerp"}, {}, ["merge='slerp'", *map(repr, COMBINATIONS)]),

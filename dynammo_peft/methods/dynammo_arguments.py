@@ -128,10 +128,14 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
     def _check_training(self) -> None:
         """Refuses learned merge weights that nothing tells, and options of a training that does not take place."""
         merges = self.merge is not None or self.merge_options or self.learns or self.recalibrate
-        if self.first_session and (merges or self.feature_distillation):
+        if self.first_session and (merges or self.feature_distillation or self.drift_ridge is not None):
             raise ValueError(
-                "first_session trains one adapter only, so merge, merge_options, learned_weights, recalibrate and "
-                "feature_distillation would do nothing; leave them out."
+                "first_session trains one adapter only, so merge, merge_options, learned_weights, recalibrate, "
+                "feature_distillation and drift_ridge would do nothing; leave them out."
+            )
+        if self.heads == "exemplars" and self.drift_ridge is not None:
+            raise ValueError(
+                "drift_ridge is for moving class statistics, which heads='exemplars' has not; leave it out."
             )
         if self.learns and self.weights_objective == "statistics" and self.heads == "exemplars":
             raise ValueError("weights_objective='statistics' needs class statistics, which heads='exemplars' has not.")
