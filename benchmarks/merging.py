@@ -17,10 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import typing
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import datasets
 import torch
@@ -32,13 +33,14 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 import dynammo_peft as dp
 from dynammo_peft.tuner import TASK_ADAPTERS, default_adapter
 from dynammo_peft.tuner.architectures import TaskAdapter
-from merging_tables import details, overview
+from merging_tables import compared, details, overview
 from shared_learner import SharedLearner
 
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 IMAGE_SIZE = 112
+Precision = Literal["bf16", "fp32"]
 
 BACKBONES = {"deit_tiny": "deit_tiny_patch16_224", "resnet18": "resnet18_stages1-3"}
 # Trains 1.3 times as fast in bf16 on a CPU; `SDPBackend.MATH`, for attention, 1.2 times.
@@ -103,7 +105,9 @@ CHOICES: dict[str, Row] = {
     "first_session": Row(arguments={"first_session": True}),
 }
 BOUNDS: dict[str, Row] = {"joint": Row("joint", at_once=True), "joint, heads=lda": Row(at_once=True)}
-# Heads, merges and the training of adapters, each against "adapter=conv, mean".
+# Heads, merges and the training of adapters, each against the mean of convolutions, whose name says so where they are
+# not the backbone's default.
+MEANS = ("adapter=conv, mean", "mean")
 COMPARED: dict[str, Row] = {
     "heads=ridge": Row(arguments={"heads": "ridge", **MEAN}),
     "heads=gaussians": Row(arguments={"heads": "gaussians", **MEAN}),
@@ -182,11 +186,18 @@ def class_groups(names: list[list[str]], classes_per_task: int, seed: int) -> li
 
 
 def run_seed(
-    backbone: str, name: str, seed: int, epochs: Optional[int], rows: list[str], validation_fraction: float, out: Path
+    backbone: str,
+    name: str,
+    seed: int,
+    epochs: Optional[int],
+    rows: list[str],
+    validation_fraction: float,
+    out: Path,
+    precision: Precision = "bf16",
 ) -> None:
     """Runs rows that have no result yet on one class order, and appends their results to `out`."""
     sequence = SEQUENCES[name]
-    where = {"backbone": backbone, "sequence": name, "seed": seed, "epochs": epochs}
+    where = {"backbone": backbone, "sequence": name, "seed": seed, "epochs": epochs, "precision": precision}
     missing = [row for row in rows if {**where, "row": row} not in [_identity(line) for line in read(out)]]
     if not missing:
         return
@@ -208,7 +219,8 @@ def run_seed(
         for tasks in (groups, [list(chain(*groups))])
     )
     part = f"validation_{validation_fraction}" if validation_fraction else "test"
-    adapters = out.parent / "adapters" / part / f"{backbone}-{name}-seed_{seed}-epochs_{epochs or 'default'}"
+    run = f"{backbone}-{name}-seed_{seed}-epochs_{epochs or 'default'}-{precision}"
+    adapters = out.parent / "adapters" / part / run
     features: dict[tuple[str, str], Tensor] = {}
     for row in missing:
         settings = ROWS[row]
@@ -226,7 +238,8 @@ def run_seed(
         )
         start = time.perf_counter()
         folder = adapters / "at_once" if settings.at_once else adapters
-        learner = SharedLearner(method, Accelerator(mixed_precision="bf16"), folder, features)
+        accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+        learner = SharedLearner(method, accelerator, folder, features)
         measures = learner.fit(at_once if settings.at_once else scenario).metrics()
         line = {
             **where,
@@ -248,12 +261,13 @@ def _plain(row: str, usual: TaskAdapter) -> Optional[str]:
 
 
 def _identity(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: line[key] for key in ("backbone", "sequence", "seed", "epochs", "row")}
+    return {key: line[key] for key in ("backbone", "sequence", "seed", "epochs", "precision", "row")}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Results so far."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """Results so far; those that name no precision are of bf16."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [{"precision": "bf16", **json.loads(line)} for line in lines]
 
 
 def main() -> None:
@@ -269,6 +283,12 @@ def main() -> None:
     parser.add_argument("--core", action="store_true", help=f"The rows {', '.join(CORE)} only.")
     parser.add_argument(
         "--epochs", type=int, default=5, help="Of stage 1, for each task; 0: as many as the package takes by default."
+    )
+    parser.add_argument(
+        "--precision",
+        choices=typing.get_args(Precision),
+        default="bf16",
+        help="Of autocast. On a CPU without AVX-512, bf16 takes ten times as long as fp32.",
     )
     parser.add_argument("--validation_fraction", type=float, default=0.0)
     parser.add_argument("--report", action="store_true", help="Only print the tables of the results so far.")
@@ -288,11 +308,13 @@ def main() -> None:
                 for seed in args.seeds:
                     rows = list(CORE) if args.core else args.rows
                     with sdpa_kernel(SDPBackend.MATH):
-                        run_seed(backbone, sequence, seed, args.epochs, rows, args.validation_fraction, out)
+                        fraction = args.validation_fraction
+                        run_seed(backbone, sequence, seed, args.epochs, rows, fraction, out, args.precision)
     lines = [line for line in read(out) if line["seed"] in args.seeds and line["epochs"] == args.epochs]
     at_once = [row for row, settings in ROWS.items() if settings.at_once]
     print(overview(lines, TABLE, at_once))
     print(details(lines, list(ROWS), at_once))
+    print(compared(lines, ("acl", *MEANS, "default", *COMPARED), MEANS))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from tiny import tiny_dataset, tiny_model, tiny_processor
 
 from dynammo_peft.methods import base
@@ -96,11 +98,29 @@ def test_results_of_other_epochs_are_kept_apart(benchmark, tmp_path, monkeypatch
         assert measured == [f"`{rows}`"]
     assert [line["epochs"] for line in benchmark.read(tmp_path / "results" / "merging.jsonl")] == [1, None]
     trained = (tmp_path / "results" / "adapters" / "test").iterdir()
-    assert sorted(folder.name.rpartition("_")[2] for folder in trained) == ["1", "default"]
+    assert sorted(folder.name.rpartition("_")[2] for folder in trained) == ["1-bf16", "default-bf16"]
 
 
-def line(row, seed, last, average, backbone="a"):
-    return {"backbone": backbone, "sequence": "s", "seed": seed, "row": row, "last": last, "average": average}
+def test_each_precision_has_adapters_and_results_of_its_own(benchmark, tmp_path):
+    out = tmp_path / "merging.jsonl"
+    for precision in ("bf16", "fp32", "fp32"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        benchmark.run_seed("deit_tiny", "tiny_imagenet_40", 0, 1, ["first_session"], 0.0, out, precision)
+    assert [line["precision"] for line in benchmark.read(out)] == ["bf16", "fp32"]
+    trained = [load_file(path) for path in sorted((tmp_path / "adapters").rglob("*task_000.safetensors"))]
+    assert len(trained) == 2
+    assert any((trained[0][name] != trained[1][name]).any() for name in trained[0])
+
+
+def test_results_without_a_precision_are_of_bf16(benchmark, tmp_path):
+    out = tmp_path / "merging.jsonl"
+    out.write_text(json.dumps({"row": "acl", "seed": 0}) + "\n")
+    assert benchmark.read(out) == [{"row": "acl", "seed": 0, "precision": "bf16"}]
+
+
+def line(row, seed, last, average, backbone="a", precision="bf16"):
+    measured = {"last": last, "average": average}
+    return {"backbone": backbone, "sequence": "s", "seed": seed, "row": row, "precision": precision, **measured}
 
 
 LINES = [
@@ -123,6 +143,32 @@ def test_all_backbones_and_sequences_in_one_table(benchmark):
         # Over the seeds that have both.
         "| `default` less `acl` | +10.0 / +20.0 |  |",
         "| `default` less `joint` | -7.0 |  |",
+    ]
+
+
+def test_differences_are_those_on_the_same_class_orders_and_in_the_same_precision(benchmark):
+    lines = [
+        line("mean", 0, 90.0, 95.0),
+        line("mean", 1, 80.0, 85.0),
+        line("mean", 1, 84.0, 87.0, precision="fp32"),
+        line("merge=ties", 0, 88.0, 93.0),
+        line("merge=ties", 1, 80.0, 82.0, precision="fp32"),
+        line("adapter=conv, mean", 0, 70.0, 75.0, backbone="b"),
+        line("mean", 0, 72.0, 76.0, backbone="b"),
+        line("merge=fisher", 0, 71.0, 76.0, backbone="b"),
+    ]
+    rows = ("adapter=conv, mean", "mean", "merge=ties", "merge=fisher", "merge=dare_ties")
+    assert benchmark.compared(lines, rows, rows[:2]).splitlines() == [
+        "",
+        "s",
+        "",
+        "| | a | less the mean | class orders | b | less the mean | class orders |",
+        "|---|---|---|---|---|---|---|",
+        "| `adapter=conv, mean` |  |  |  | 70.0 / 75.0 |  | 1 |",
+        # Of a class order in two precisions their mean.
+        "| `mean` | 86.0 ± 5.7 / 90.5 ± 6.4 |  | 2 | 72.0 / 76.0 | +2.0 | 1 |",
+        "| `merge=ties` | 84.0 ± 5.7 / 87.5 ± 7.8 | -3.0 ± 1.4 | 2 |  |  |  |",
+        "| `merge=fisher` |  |  |  | 71.0 / 76.0 | +1.0 | 1 |",
     ]
 
 
