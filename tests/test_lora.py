@@ -334,3 +334,16 @@ def test_there_is_nothing_to_recalibrate():
 def test_adapter_names_that_would_be_mixed_up_are_refused():
     with pytest.raises(ValueError, match="'lora_'"):
         get_peft_model(tiny_model("vit"), config(["a"]), "lora_task")
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_lora_that_takes_a_part_of_the_base_weights_is_refused(start):
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}' changes the base weights"):
+        config(["a", "b"], init_lora_weights=start)
+
+
+def test_the_sum_of_updates_is_no_merge_of_a_method():
+    with pytest.raises(ValueError, match="merge='linear' .* 'uniform' .* 'cat'"):
+        dp.Dynammo(tiny_model("vit"), dp.DynammoArguments(merge="linear"))
+    for name in ("uniform", "cat"):
+        assert dp.Dynammo(tiny_model("vit"), dp.DynammoArguments(merge=name)).merging.combination_type == name

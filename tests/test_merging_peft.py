@@ -23,8 +23,16 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import merge_utils
 from tiny import tiny_images, tiny_model
 from torch import nn
+from transformers import AutoModelForSequenceClassification, GPT2Config
 
-from dynammo_peft.merging import adapted_base, adapter_slots, adapter_tensors, merge_adapters, set_adapter_tensors
+from dynammo_peft.merging import (
+    MergeWeights,
+    adapted_base,
+    adapter_slots,
+    adapter_tensors,
+    merge_adapters,
+    set_adapter_tensors,
+)
 from dynammo_peft.merging import merge as merge_module
 from dynammo_peft.merging.checks import check_name_is_free
 
@@ -622,3 +630,88 @@ def test_a_grouped_convolution_is_not_placed_side_by_side():
     model = get_peft_model(tiny_model("convnext"), config, "a0")
     with pytest.raises(ValueError, match="'.*dwconv' side by side, a grouped convolution"):
         merge_adapters(model, ["a0"], combination_type="cat")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("combination_type", ["magnitude_prune", "dare_linear", "ties", "dare_ties"])
+def test_equal_adapters_merge_to_themselves_from_a_base_on(combination_type):
+    model, _ = lora_of([4] * 3, alike=True)
+    generator = torch.Generator().manual_seed(1)
+    base = {key: torch.randn(one.shape, generator=generator) for key, one in adapter_tensors(model, "a0").items()}
+    merge_adapters(model, ["a0", "a1", "a2"], combination_type=combination_type, density=1.0, base=base)
+    assert_same(adapter_tensors(model, "merged"), adapter_tensors(model, "a0"), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_factors_move_from_a_base_on_by_their_weights():
+    model, _ = lora_of([4, 4])
+    base = {key: torch.ones_like(one) for key, one in adapter_tensors(model, "a0").items()}
+    options = {"combination_type": "magnitude_prune", "density": 1.0, "base": base}
+    merge_adapters(model, ["a0", "a1"], [0.5, -2.0], **options)
+    first, second = adapter_tensors(model, "a0"), adapter_tensors(model, "a1")
+    expected = {key: 1 + 0.5 * (first[key] - 1) - 2 * (second[key] - 1) for key in first}
+    assert_same(adapter_tensors(model, "merged"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_belongs_to_adapters_of_one_scaling():
+    model, _ = lora_of([4, 8])
+    options = {"combination_type": "magnitude_prune", "density": 1.0, "base": adapter_tensors(model, "a0")}
+    with pytest.raises(ValueError, match="different scalings .* 'base' holds .* same lora_alpha"):
+        merge_adapters(model, ["a0", "a1"], **options)
+
+
+def test_scalings_of_other_methods_are_not_made_up_for():
+    configs = [LoHaConfig(target_modules=ATTENTION, alpha_pattern=pattern) for pattern in ({}, {"q_proj": 80})]
+    model = with_adapters(*configs)
+    with pytest.raises(ValueError, match=r"differ in alpha_pattern \(\{\} and \{'q_proj': 80\}\)"):
+        merge_adapters(model, ["a0", "a1"], combination_type="uniform")
+
+
+@torch.no_grad()
+def test_layers_of_gpt2_whose_weights_are_transposed():
+    base = AutoModelForSequenceClassification.from_config(
+        GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=11, num_labels=3, pad_token_id=0)
+    )
+    model = with_adapters(*[LoraConfig(target_modules=["c_attn"], r=2) for _ in range(2)], base=base)
+    # PEFT tells the first configuration only.
+    assert [model.peft_config[name].fan_in_fan_out for name in ("a0", "a1")] == [True, False]
+    model.add_weighted_adapter(["a0", "a1"], [0.3, 0.6], "theirs", "linear")
+    merge_adapters(model, ["a0", "a1"], [0.3, 0.6], "ours")
+    assert_same(delta_weights(model, "ours"), delta_weights(model, "theirs"), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weights", [None, "learned"])
+def test_weights_are_not_rounded_in_half_precision(dtype, weights):
+    model = get_peft_model(tiny_model("vit").to(dtype), LoraConfig(**LORA), "a0", autocast_adapter_dtype=False)
+    for index in range(1, 7):
+        model.add_adapter(f"a{index}", LoraConfig(**LORA), autocast_adapter_dtype=False)
+    fill(model, "a0")
+    names, own = list(model.peft_config), adapter_tensors(model, "a0")
+    assert {one.dtype for one in own.values()} == {dtype}
+    for name in names[1:]:
+        set_adapter_tensors(model, name, own)
+    if weights == "learned":
+        slots = adapter_slots(model, "a0")
+        parts = MergeWeights.for_slots(names, slots, own, "task")
+        merged = parts.combine([own] * 7)
+        # Roots of 1 / 7, seven times.
+        expected = {key: (one.double() * 7**0.5).to(dtype) for key, one in own.items()}
+        assert_same({key: merged[key] for key in own}, expected, rtol=2e-3 if dtype is torch.float16 else 1e-2, atol=0)
+        ratio = torch.cat([(merged[key].double() / own[key].double()).flatten() for key in own]).mean().item()
+        assert ratio == pytest.approx(7**0.5, rel=3e-4)
+        return
+    merge_adapters(model, names, combination_type="uniform")
+    assert_same(adapter_tensors(model, "merged"), own, rtol=0, atol=0)
+
+
+def test_values_of_another_name_or_shape_are_not_written():
+    model, _ = lora_of([4])
+    own = adapter_tensors(model, "a0")
+    before = {key: one.clone() for key, one in own.items()}
+    key = next(iter(own))
+    for wrong in ({"nope": torch.zeros(1)}, {key: torch.zeros(1)}):
+        with pytest.raises(ValueError, match="Adapter 'a0' has no tensor .* of shape"):
+            set_adapter_tensors(model, "a0", {key: torch.zeros_like(own[key]), **wrong})
+    assert_same(adapter_tensors(model, "a0"), before, rtol=0, atol=0)

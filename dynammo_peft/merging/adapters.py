@@ -173,7 +173,13 @@ def set_adapter_tensors(model: AdaptedModel, adapter: str, tensors: Mapping[str,
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
         adapter (`str`): Name of an adapter.
         tensors (`Mapping[str, Tensor]`): Values by key, of the shapes that the adapter's tensors have.
+
+    Raises:
+        ValueError: If the adapter does not exist, or has no tensor of a name and shape; nothing is written then.
     """
     own = adapter_tensors(model, adapter)
+    for key, value in tensors.items():
+        if key not in own or own[key].shape != value.shape:
+            raise ValueError(f"Adapter {adapter!r} has no tensor {key!r} of shape {tuple(value.shape)}.")
     for key, value in tensors.items():
         own[key].copy_(value)

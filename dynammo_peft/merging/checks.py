@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, Optional, Union
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .adapters import AdaptedModel, AdapterTensors, adapted_base, adapter_layers
 from .state import tuner_of
 
 
-# What may differ between adapters, as it does not change what their tensors mean, or is taken account of (scalings).
+# What may differ between adapters, as it does not change what their tensors mean.
 FREE_FIELDS = {
     "task_type",
     "auto_mapping",
@@ -25,10 +25,11 @@ FREE_FIELDS = {
     "revision",
     "inference_mode",
     "runtime_config",
-    "lora_alpha",
-    "alpha_pattern",
-    "use_rslora",
+    # A property of the base layer, which PEFT enters in the configuration of the first adapter only.
+    "fan_in_fan_out",
 }
+# Of LoRA, whose scalings are taken account of.
+SCALING_FIELDS = {"lora_alpha", "alpha_pattern", "use_rslora"}
 # What matters only if other tensors follow from it.
 TARGET_FIELDS = {
     "target_modules",
@@ -133,6 +134,11 @@ def check_constants(model: AdaptedModel, adapters: Sequence[str]) -> None:
                     )
 
 
+def changes_base(init_lora_weights: Any) -> bool:
+    """Whether LoRA that starts in this way takes a part of the base weights."""
+    return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(BASE_CHANGING_INIT)
+
+
 def _check_configs(model: AdaptedModel, adapters: Sequence[str]) -> None:
     configs = [model.peft_config[name] for name in adapters]
     for name, config in zip(adapters, configs):
@@ -147,7 +153,7 @@ def _check_configs(model: AdaptedModel, adapters: Sequence[str]) -> None:
                 "one only. Train adapters to be merged with bias='none'."
             )
         start = getattr(config, "init_lora_weights", None)
-        if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INIT):
+        if changes_base(start):
             raise ValueError(
                 f"Adapter {name!r} has init_lora_weights={start!r}, which changes the base weights. Convert it to "
                 "LoRA when saving it (`path_initial_model_for_weight_conversion`) and load that."
@@ -158,7 +164,8 @@ def _check_configs(model: AdaptedModel, adapters: Sequence[str]) -> None:
 
 
 def _differing_fields(first: PeftConfig, second: PeftConfig) -> list[str]:
-    names = [field.name for field in fields(first) if field.name not in FREE_FIELDS]
+    free = FREE_FIELDS | SCALING_FIELDS if isinstance(first, LoraConfig) else FREE_FIELDS
+    names = [field.name for field in fields(first) if field.name not in free]
     # What matters in training only.
     names = [name for name in names if "dropout" not in name and not name.startswith("init_")]
     return [name for name in names if _unordered(getattr(first, name)) != _unordered(getattr(second, name))]

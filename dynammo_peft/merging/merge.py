@@ -46,7 +46,8 @@ def merge_adapters(
     adapter its own update with its weight, `w_i s_i B_i A_i`, and products of one adapter's factor with another's.
     That is no mean: of `T` equal adapters with weights of `1 / T` it is `T` times their update. `"uniform"` takes the
     mean of each factor, of equal adapters their update. The weighted sum of the updates alone is what `"cat"` gives,
-    as of `LoraModel`, at `T` times the rank.
+    as of `LoraModel`, at `T` times the rank. Where functions have a `base`, factors are moved from there on, each by
+    its weights as they are: of `T` equal adapters, with weights of `1 / T`, to where these are.
 
     The new adapter has the first one's configuration and is frozen. It replaces an adapter of its name. What is
     active, trained and in training mode stays so. If anything fails, the model is as it was.
@@ -312,15 +313,18 @@ def _combine_parameters(
     ratios: tuple[float, ...],
 ) -> AdapterTensors:
     ratio = torch.tensor(ratios or [1.0] * len(adapters), dtype=weights.dtype, device=weights.device)
+    starts_at_base = options.get("base") is not None
+    of_tensors = "base" if starts_at_base else function.per_adapter
+    if of_tensors is not None and (ratio != 1).any():
+        raise ValueError(
+            f"The adapters have different scalings in {slot.layer!r}; what {of_tensors!r} holds belongs to their "
+            "tensors as they are. Give all adapters the same lora_alpha and use_rslora."
+        )
     if not function.averages:
-        return function(adapters, _share(slot, weights * ratio), **options)
+        # A factor takes the root where it started at zero; from `base` on it moves as other tensors do.
+        return function(adapters, weights if starts_at_base else _share(slot, weights * ratio), **options)
     # Proportions cannot carry a scale: the tensors have to.
     if (ratio != 1).any():
-        if function.per_adapter is not None:
-            raise ValueError(
-                f"The adapters have different scalings in {slot.layer!r}; what {function.per_adapter!r} holds belongs "
-                "to their tensors as they are. Give all adapters the same lora_alpha and use_rslora."
-            )
         shares = _share(slot, ratio).tolist()
         adapters = [{key: share * own[key] for key in own} for share, own in zip(shares, adapters)]
     return function(adapters, weights, **options)

@@ -37,6 +37,9 @@ def weighted_sum(
     """
     if slot.kind == "constant":
         return stacked[0]
+    if stacked.dtype in (torch.float16, torch.bfloat16):
+        # Weights would be rounded.
+        return weighted_sum(slot, stacked.float(), weights, scalings, combination_type).to(stacked.dtype)
     if not stacked.is_floating_point():
         return stacked.sum(dim=0, dtype=stacked.dtype)
     if slot.kind == "statistic":

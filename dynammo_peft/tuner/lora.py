@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from ..merging import MergeWeights, merge_adapters
+from ..merging.checks import changes_base
 from .architectures import ARCHITECTURES
 from .head_config import HeadConfig
 from .head_layer import DynammoHead
@@ -39,7 +40,6 @@ class DynammoLoraConfig(HeadConfig, LoraConfig):
         "alpha_pattern",
         "use_rslora",
         "use_dora",
-        "fan_in_fan_out",
         "feature_modules",
     )
     averaging: ClassVar[str] = "cat"
@@ -53,6 +53,11 @@ class DynammoLoraConfig(HeadConfig, LoraConfig):
             raise ValueError(f"bias={self.bias!r} trains biases that all tasks share; use bias='none'.")
         if self.use_dora:
             raise ValueError("use_dora=True scales the base weights, which no average over tasks can; use plain LoRA.")
+        if changes_base(self.init_lora_weights):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} changes the base weights, which all tasks share; use "
+                "True, False or 'gaussian'."
+            )
 
 
 class LoraHead(DynammoHead):
