@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_images, tiny_model
+from transformers import BertConfig, BertForSequenceClassification
 
 from dynammo_peft import DynammoConfig
 from dynammo_peft.merging import adapter_tensors, diagonal_fisher, input_grams, merge_adapters
@@ -186,3 +187,51 @@ def test_batches_of_mappings():
     mapping = [{"pixel_values": images, "labels": labels}]
     assert_same(diagonal_fisher(model, "first", mapping), diagonal_fisher(model, "first", [(images, labels)]))
     assert_same(input_grams(model, "first", mapping), input_grams(model, "first", [images]))
+
+
+def text_model():
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=13, num_labels=3
+    )
+    arguments = {"target_modules": ["query", "value"], "r": 2, "init_lora_weights": False}
+    torch.manual_seed(0)
+    return get_peft_model(BertForSequenceClassification(config), LoraConfig(**arguments), "first").eval()
+
+
+@pytest.mark.parametrize("vectorized", [True, False])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_fisher_of_text(vectorized, labelled):
+    model = text_model()
+    tokens = torch.randint(1, 13, (4, 6), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": tokens}
+    if not vectorized:
+        batch["attention_mask"] = (torch.arange(6) < torch.tensor([[6], [3], [5], [6]])).long()
+    labels = torch.tensor([0, 2, 1, 0])
+    own = {key: one for key, one in adapter_tensors(model, "first").items() if one.requires_grad}
+    expected = {key: torch.zeros_like(one, dtype=torch.float64) for key, one in own.items()}
+    for row in range(4):
+        log_probabilities = model(**{key: value[[row]] for key, value in batch.items()}).logits.log_softmax(dim=1)[0]
+        for label in [labels[row].item()] if labelled else range(3):
+            gradients = torch.autograd.grad(log_probabilities[label], list(own.values()), retain_graph=True)
+            share = 1.0 if labelled else log_probabilities[label].exp().item()
+            for key, gradient in zip(own, gradients):
+                expected[key] += share * gradient.double().square() / 4
+    given = {**batch, **({"labels": labels} if labelled else {})}
+    batches = [{key: value[rows] for key, value in given.items()} for rows in (slice(0, 3), slice(3, 4))]
+    assert_same(diagonal_fisher(model, "first", batches, vectorized=vectorized), expected)
+
+
+def test_what_vmap_cannot_do_is_said():
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+    with pytest.raises(ValueError, match="attention masks.* set vectorized=False"):
+        diagonal_fisher(text_model(), "first", [batch])
+
+
+def test_grams_of_text():
+    model = text_model()
+    tokens = torch.randint(1, 13, (4, 6), generator=torch.Generator().manual_seed(1))
+    grams = input_grams(model, "first", [{"input_ids": tokens, "labels": torch.zeros(4, dtype=torch.long)}])
+    with torch.no_grad():
+        rows = model.get_base_model().bert.embeddings(tokens).flatten(0, 1).double()
+    gram = next(value for key, value in grams.items() if "query.lora_A" in key)
+    torch.testing.assert_close(gram, rows.T @ rows / 24, rtol=1e-4, atol=1e-5)

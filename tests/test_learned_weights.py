@@ -892,6 +892,10 @@ def test_plot_without_matplotlib(tmp_path, monkeypatch):
         ({"batches": []}, "batches holds no batch"),
         ({"batches": iter(labelled("lora"))}, "batches can be read only once"),
         ({"batches": [images_of("lora")]}, "objective='labels' needs labelled batches"),
+        (
+            {"batches": [(images_of("lora"), torch.zeros(2, 3))]},
+            r"needs logits \(B, N\) and labels \(B,\), got \(\d+, 3\) and \(2, 3\)",
+        ),
         ({"batches": [{"pixel_values": images_of("lora")}]}, "objective='labels' needs labelled batches"),
         ({"steps": -1}, "steps=-1"),
         ({"steps": 1.5}, "steps=1.5 must be an integer"),

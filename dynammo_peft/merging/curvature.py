@@ -18,15 +18,17 @@ from .state import adapter_used
 
 
 Batch = Union[Tensor, tuple[Tensor, Tensor], Mapping[str, Tensor]]
-# Of the model and images `(B, 3, H, W)`; gives logits `(B, N)`.
-Forward = Callable[[nn.Module, Tensor], Tensor]
+# Images `(B, 3, H, W)`, or what else a model takes by name, as `input_ids` and `attention_mask`, `(B, ...)` each.
+Inputs = Union[Tensor, dict[str, Tensor]]
+# Of the model and the inputs; gives logits `(B, N)`.
+Forward = Callable[[nn.Module, Inputs], Tensor]
 # Of logits and labels `(B,)`; gives the mean negative log-likelihood.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def classify(model: nn.Module, images: Tensor) -> Tensor:
+def classify(model: nn.Module, inputs: Inputs) -> Tensor:
     """The logits of a model of transformers, `(B, N)`."""
-    return model(pixel_values=images).logits
+    return (model(**inputs) if isinstance(inputs, dict) else model(pixel_values=inputs)).logits
 
 
 def diagonal_fisher(
@@ -51,20 +53,21 @@ def diagonal_fisher(
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
         adapter (`str`): Name of an adapter.
         batches (`Iterable[Union[Tensor, tuple[Tensor, Tensor], Mapping[str, Tensor]]]`):
-            Normalised images `(B, 3, H, W)`, pairs of them and labels `(B,)`, or mappings with `pixel_values` and, if
-            there are any, `labels`.
+            Normalised images `(B, 3, H, W)`, pairs of them and labels `(B,)`, or mappings with what the model takes,
+            as `pixel_values` or `input_ids`, and, if there are any, `labels`.
         loss (`Optional[Callable]`): Of logits and labels; `None`: cross-entropy.
         draws (`Optional[int]`): Labels to draw for each image without one; `None`: all classes by probability.
         seed (`int`): Seed of the draws; other random numbers are not touched.
-        forward (`Callable`): Of model and images, gives logits `(B, N)`.
+        forward (`Callable`): Of model and images (of a mapping: the mapping without labels), gives logits `(B, N)`.
         vectorized (`bool`): Whether the images of a batch are computed together, for which `forward` and `loss` must
-            be fit for `torch.func.vmap`; otherwise one after the other.
+            be fit for `torch.func.vmap`, as attention masks of text are not; otherwise one after the other.
 
     Returns:
         `AdapterTensors`: The Fisher information by key of the parameters, in float64; statistics have none.
 
     Raises:
-        ValueError: If the adapter does not exist, there are no images, or `draws` is less than 1.
+        ValueError: If the adapter does not exist, there are no images, `draws` is less than 1, or `vectorized` does
+            not go with the model.
     """
     if draws is not None and draws < 1:
         raise ValueError(f"draws={draws} must be at least 1, or None for all classes by their probability.")
@@ -80,10 +83,10 @@ def diagonal_fisher(
     count = 0
     generator = torch.Generator().manual_seed(seed)
     with adapter_used(model, adapter):
-        for images, labels in _on_device(batches, model):
-            count += len(images)
-            for targets, shares in _targets(runner, images, labels, draws, generator):
-                for name, gradient in gradients(images, targets).items():
+        for inputs, labels in _on_device(batches, model):
+            count += _size(inputs)
+            for targets, shares in _targets(runner, inputs, labels, draws, generator):
+                for name, gradient in gradients(inputs, targets).items():
                     total[name] += torch.tensordot(shares, gradient.double().square(), dims=1)
     if count == 0:
         raise ValueError("batches holds no images; the Fisher information is a mean over them.")
@@ -98,31 +101,40 @@ class _Runner(nn.Module):
         self.model = model
         self._forward = forward
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self._forward(self.model, images)
+    def forward(self, inputs: Inputs) -> Tensor:
+        return self._forward(self.model, inputs)
 
 
 def _gradients(
     runner: nn.Module, loss: Loss, parameters: dict[str, Tensor], vectorized: bool
-) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-    """A function of images and labels `(B,)` that gives each image's gradients, `(B, ...)` by name."""
+) -> Callable[[Inputs, Tensor], dict[str, Tensor]]:
+    """A function of inputs and labels `(B,)` that gives each image's gradients, `(B, ...)` by name."""
 
-    def loss_of_one(values: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return loss(functional_call(runner, values, (image[None],)), label[None])
+    def loss_of_one(values: dict[str, Tensor], image: Inputs, label: Tensor) -> Tensor:
+        batch = {name: value[None] for name, value in image.items()} if isinstance(image, dict) else image[None]
+        return loss(functional_call(runner, values, (batch,)), label[None])
 
     of_one = grad(loss_of_one)
     if vectorized:
         of_all = vmap(of_one, in_dims=(None, 0, 0), randomness="different")
 
-        def together(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        def together(inputs: Inputs, labels: Tensor) -> dict[str, Tensor]:
             # The other kernels of attention know of no further batch dimension.
             with sdpa_kernel(SDPBackend.MATH):
-                return of_all(parameters, images, labels)
+                try:
+                    return of_all(parameters, inputs, labels)
+                except RuntimeError as error:
+                    if not str(error).startswith("vmap:"):
+                        raise
+                    raise ValueError(
+                        "The model looks into its inputs, as some do into attention masks, so that images of a batch "
+                        "cannot be computed together; set vectorized=False."
+                    ) from error
 
         return together
 
-    def one_by_one(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        rows = [of_one(parameters, image, label) for image, label in zip(images, labels)]
+    def one_by_one(inputs: Inputs, labels: Tensor) -> dict[str, Tensor]:
+        rows = [of_one(parameters, image, label) for image, label in zip(_unbind(inputs), labels)]
         return {name: torch.stack([row[name] for row in rows]) for name in parameters}
 
     return one_by_one
@@ -130,21 +142,21 @@ def _gradients(
 
 def _targets(
     runner: nn.Module,
-    images: Tensor,
+    inputs: Inputs,
     labels: Optional[Tensor],
     draws: Optional[int],
     generator: torch.Generator,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Labels `(B,)` and what they count for each image, `(B,)` in float64, one after the other."""
-    whole = torch.ones(len(images), dtype=torch.float64, device=images.device)
     if labels is not None:
-        yield labels, whole
+        yield labels, torch.ones(len(labels), dtype=torch.float64, device=labels.device)
         return
     with torch.no_grad():
-        probabilities = runner(images).double().softmax(dim=1)
+        probabilities = runner(inputs).double().softmax(dim=1)
     if draws is not None:
         drawn = torch.multinomial(probabilities.cpu(), draws, replacement=True, generator=generator)
-        yield from ((column, whole / draws) for column in drawn.to(images.device).unbind(dim=1))
+        equal = torch.full_like(probabilities[:, 0], 1 / draws)
+        yield from ((column, equal) for column in drawn.to(probabilities.device).unbind(dim=1))
         return
     for label, shares in enumerate(probabilities.unbind(dim=1)):
         yield torch.full_like(shares, label, dtype=torch.long), shares
@@ -156,7 +168,7 @@ def input_grams(
     adapter: str,
     batches: Iterable[Batch],
     *,
-    forward: Callable[[nn.Module, Tensor], Any] = classify,
+    forward: Callable[[nn.Module, Inputs], Any] = classify,
 ) -> AdapterTensors:
     """
     Gram matrices of what enters an adapter's linear layers, `x' x` as a mean over all rows `x` (image or token), in
@@ -166,8 +178,9 @@ def input_grams(
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
         adapter (`str`): Name of an adapter.
         batches (`Iterable[Union[Tensor, tuple[Tensor, Tensor], Mapping[str, Tensor]]]`):
-            Normalised images `(B, 3, H, W)`, also with labels, as in `diagonal_fisher`; these are not used.
-        forward (`Callable`): Of model and images, runs the model.
+            Normalised images `(B, 3, H, W)`, also with labels, or mappings, as in `diagonal_fisher`; labels are not
+            used.
+        forward (`Callable`): As in `diagonal_fisher`, runs the model.
 
     Returns:
         `AdapterTensors`: `(in, in)` in float64 by the key of the layer's weight; layers that were not run have none.
@@ -192,8 +205,8 @@ def input_grams(
     hooks = [module.register_forward_pre_hook(hook_of(key)) for key, module in linears.items()]
     try:
         with adapter_used(model, adapter):
-            for images, _ in _on_device(batches, model):
-                forward(model, images)
+            for inputs, _ in _on_device(batches, model):
+                forward(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -211,9 +224,21 @@ def _linears(model: AdaptedModel, adapter: str) -> Iterator[tuple[str, nn.Linear
             yield key, base.get_submodule(owner)
 
 
-def _on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[tuple[Tensor, Optional[Tensor]]]:
-    """Images, and labels or `None`, on the model's device."""
+def _on_device(batches: Iterable[Batch], model: nn.Module) -> Iterator[tuple[Inputs, Optional[Tensor]]]:
+    """Inputs, and labels or `None`, on the model's device."""
     device = next(model.parameters()).device
     for batch in batches:
-        images, labels = inputs_and_labels(send_to_device(batch, device))
-        yield images["pixel_values"] if isinstance(images, Mapping) else images, labels
+        yield inputs_and_labels(send_to_device(batch, device))
+
+
+def _size(inputs: Inputs) -> int:
+    """How many images there are."""
+    return len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
+
+
+def _unbind(inputs: Inputs) -> Iterator[Inputs]:
+    """One image after the other."""
+    if isinstance(inputs, dict):
+        yield from (dict(zip(inputs, row)) for row in zip(*inputs.values()))
+    else:
+        yield from inputs

@@ -20,11 +20,16 @@ def label_cross_entropy(logits: Tensor, labels: Optional[Tensor]) -> Tensor:
     """Mean cross-entropy of logits `(B, N)` with labels `(B,)`.
 
     Raises:
-        ValueError: If there are no labels.
+        ValueError: If there are no labels, or they are not one for each row of logits.
     """
     if labels is None:
         raise ValueError(
             "objective='labels' needs labelled batches, (images, labels); choose 'entropy' for images alone."
+        )
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"objective='labels' needs logits (B, N) and labels (B,), got {tuple(logits.shape)} and "
+            f"{tuple(labels.shape)}; give a forward that returns such, or an objective of your own."
         )
     return F.cross_entropy(logits.float(), labels)
 
