@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from tiny import CONFIGS, tiny_images, tiny_model
-from transformers import AutoModelForImageClassification, ResNetConfig, ResNetModel, ViTModel
+from transformers import (
+    AutoModelForImageClassification,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+    ResNetConfig,
+    ResNetModel,
+    ViTModel,
+)
 
 from dynammo_peft.merging import MergeWeights, merge_backbones
 
@@ -308,3 +315,36 @@ def test_errors(second, arguments, message):
     second = second() if second is not None else tiny_model("resnet_basic", seed=1)
     with pytest.raises(ValueError, match=message):
         merge_backbones(tiny_model("resnet_basic"), second, **arguments)
+
+
+@torch.no_grad()
+def test_a_fresh_head_leaves_buffers_of_the_backbone_as_they_are():
+    config = Qwen2Config(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=11,
+        num_labels=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForSequenceClassification(config).to(torch.bfloat16).eval()
+    # Frequencies of positions, in single precision as after `from_pretrained`, are saved nowhere.
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = 10000 ** -(torch.arange(0, 8, 2) / 8)
+    merged, _ = merge_backbones(model, copy.deepcopy(model), weights=1.0, num_labels=5)
+    assert merged.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(merged.model.rotary_emb.inv_freq, rotary.inv_freq)
+    assert merged.score.weight.shape == (5, 16) and merged.score.weight.dtype == torch.bfloat16
+    assert merged.config.num_labels == merged.num_labels == 5 and model.config.num_labels == 2
+    tokens = torch.tensor([[1, 4, 2, 7]])
+    assert torch.equal(merged.model(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+    assert merged(tokens).logits.shape == (1, 5)
+
+
+def test_a_model_without_a_classifier_gets_no_fresh_one():
+    model = ViTModel(tiny_model("vit").config)
+    with pytest.raises(ValueError, match="num_labels=4 .* ViTModel has no backbone"):
+        merge_backbones(model, copy.deepcopy(model), num_labels=4)

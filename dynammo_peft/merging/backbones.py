@@ -87,7 +87,7 @@ def merge_backbones(
 
     Raises:
         ValueError: If the models are not alike, an option does not exist, both weights and batches are given,
-            `num_labels` is less than 1, or the batches are of no use.
+            `num_labels` is less than 1 or given for models without a classifier, or the batches are of no use.
     """
     if batches is not None and weights is not None:
         raise ValueError("Give merge_backbones either weights or batches to learn them on, not both.")
@@ -174,12 +174,20 @@ def _with_head(model: PreTrainedModel, num_labels: Optional[int]) -> PreTrainedM
     """A copy of a model, with a fresh head if a number of labels is given."""
     if num_labels is None:
         return copy.deepcopy(model)
-    config = copy.deepcopy(model.config)
-    config.num_labels = num_labels
-    fresh = type(model)(config).to(device=model.device, dtype=model.dtype)
-    state = {name: tensor for name, tensor in model.state_dict().items() if _in_backbone(model, name)}
-    fresh.load_state_dict(state, strict=False)
-    return fresh
+    if not hasattr(model, model.base_model_prefix):
+        raise ValueError(
+            f"num_labels={num_labels} asks for a fresh classifier, but a {type(model).__name__} has no backbone that "
+            "it could be told from; load a model with a classifier, or leave num_labels out."
+        )
+    copied = copy.deepcopy(model)
+    copied.config.num_labels = num_labels
+    if hasattr(copied, "num_labels"):
+        copied.num_labels = num_labels
+    fresh = type(model)(copy.deepcopy(copied.config)).to(device=model.device, dtype=model.dtype)
+    for name, module in fresh.named_children():
+        if name != model.base_model_prefix:
+            setattr(copied, name, module)
+    return copied
 
 
 def _in_backbone(model: PreTrainedModel, name: str) -> bool:
