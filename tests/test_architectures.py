@@ -150,6 +150,14 @@ def test_feature_modules_of_a_plain_transformer_are_evenly_spaced_up_to_the_last
     assert found == [f"layers.{block}" for block in blocks]
 
 
+def test_feature_modules_leave_room_for_both_halves_of_what_the_classifier_of_dinov2_reads():
+    config = {"num_hidden_layers": 12, "hidden_size": 768}
+    blocks = ARCHITECTURES["dinov2"].feature_modules(config)
+    assert blocks == ["encoder.layer.3", "encoder.layer.7", "encoder.layer.11"]
+    model = tiny_model("dinov2")
+    assert model.classifier.in_features == ARCHITECTURES["dinov2"].tokens_read * model.config.hidden_size
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_probing_leaves_the_model_as_it_was(name):
     model, size = tiny_model(name).train(), CONFIGS[name][1]

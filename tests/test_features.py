@@ -390,6 +390,16 @@ def test_half_precision_is_pooled_in_single(name):
     assert not torch.equal(features[:, width:], features[:, width:].bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["vit", "convnext", "resnet_basic", "swin"])
+def test_images_get_the_precision_of_the_backbone(name, dtype):
+    model, images = adapted(name, base=tiny_model(name).to(dtype)), tiny_images(name)
+    assert torch.equal(logits_of(model, images), logits_of(model, images.to(dtype)))
+    with torch.no_grad():
+        # By place as by name.
+        assert torch.equal(model(images).logits, model(pixel_values=images).logits)
+
+
 @pytest.mark.filterwarnings("error:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("name", ["vit", "resnet_basic"])
 @pytest.mark.parametrize("output", ["scores", "features"])

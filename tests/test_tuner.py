@@ -661,6 +661,14 @@ def test_head_output_ends_with_an_error():
         without.base_model.head_output("logits").__enter__()
 
 
+def test_active_adapters_must_agree_on_scoring():
+    model, images = adapted("vit", ["a", "b"], scoring="log_odds"), tiny_images("vit", count=1)
+    model.add_adapter("second", DynammoConfig(classes=["c"], scoring="min_others"))
+    model.base_model.set_adapter(["task_000", "second"])
+    with pytest.raises(ValueError, match=r"'task_000' and 'second' differ in scoring \('log_odds' and 'min_others'\)"):
+        model(pixel_values=images)
+
+
 @pytest.mark.parametrize("scoring", ["log_odds", "min_others"])
 def test_scoring_is_the_configurations(scoring):
     model, images = adapted("vit", scoring=scoring), tiny_images("vit", count=1)

@@ -37,6 +37,7 @@ class Architecture:
         head (`str`): Name of the classifier.
         adapter (`Literal["conv", "lora"]`): The task adapter with which classes are told apart best, where none is
             asked for.
+        tokens_read (`int`): How many tokens, or means of them, the classifier of a plain transformer reads.
     """
 
     block: str
@@ -44,6 +45,7 @@ class Architecture:
     projections: tuple[str, ...]
     head: str = "classifier"
     adapter: TaskAdapter = "conv"
+    tokens_read: int = 1
 
     def target_modules(self, model_config: dict[str, Any]) -> set[str]:
         """Names of the blocks that get an adapter: every stage, or evenly spaced blocks of a plain transformer."""
@@ -62,7 +64,7 @@ class Architecture:
         depth = model_config[self.depth]
         if not isinstance(depth, int):
             return [self.block.format(stage) for stage in range(len(depth) - 1)]
-        affordable = MAX_FEATURES // model_config["hidden_size"] - 1
+        affordable = MAX_FEATURES // model_config["hidden_size"] - self.tokens_read
         places = max(1, min(PLAIN_TRANSFORMER_FEATURE_BLOCKS, depth, affordable))
         return [self.block.format((place + 1) * depth // places - 1) for place in range(places)]
 
@@ -75,8 +77,8 @@ PLAIN_TRANSFORMER: dict[str, Any] = {"depth": "num_hidden_layers", "projections"
 ARCHITECTURES: dict[str, Architecture] = {
     "vit": Architecture(block="layers.{}", **PLAIN_TRANSFORMER),
     "deit": Architecture(block="layers.{}", **PLAIN_TRANSFORMER),
-    "dinov2": Architecture(block="encoder.layer.{}", **PLAIN_TRANSFORMER),
-    "dinov2_with_registers": Architecture(block="encoder.layer.{}", **PLAIN_TRANSFORMER),
+    "dinov2": Architecture(block="encoder.layer.{}", tokens_read=2, **PLAIN_TRANSFORMER),
+    "dinov2_with_registers": Architecture(block="encoder.layer.{}", tokens_read=2, **PLAIN_TRANSFORMER),
     "convnext": Architecture(block="encoder.stages.{}", depth="depths", projections=("pwconv1", "pwconv2")),
     "convnextv2": Architecture(block="encoder.stages.{}", depth="depths", projections=("pwconv1", "pwconv2")),
     "resnet": Architecture(block="encoder.stages.{}", depth="depths", projections=("convolution",)),

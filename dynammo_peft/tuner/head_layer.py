@@ -93,7 +93,7 @@ class DynammoHead(WrappingLayer):
             return torch.cat([logits, *(part.to(logits.dtype) for part in parts.values())], dim=1)
         if self.output != "scores":
             return logits
-        return score_heads(logits, sum((self.sizes[name] for name in names), ()), self.scoring[names[0]])
+        return score_heads(logits, sum((self.sizes[name] for name in names), ()), self._common(names, "scoring"))
 
     def flips_to_average(self) -> list[Flip]:
         """Mirror images over which the active adapters' heads average.
@@ -104,13 +104,18 @@ class DynammoHead(WrappingLayer):
         names = self._own_adapters(self.heads)
         if not names or self.output not in ("scores", "logits"):
             return []
+        return self._common(names, "flips")
+
+    def _common(self, names: list[str], field: str) -> Any:
+        """What active adapters agree on, or a `ValueError`."""
+        values = getattr(self, field)
         for name in names[1:]:
-            if self.flips[name] != self.flips[names[0]]:
+            if values[name] != values[names[0]]:
                 raise ValueError(
-                    f"The active adapters {names[0]!r} and {name!r} differ in flips ({self.flips[names[0]]!r} and "
-                    f"{self.flips[name]!r}); give both the same."
+                    f"The active adapters {names[0]!r} and {name!r} differ in {field} ({values[names[0]]!r} and "
+                    f"{values[name]!r}); give both the same."
                 )
-        return self.flips[names[0]]
+        return values[names[0]]
 
     @torch.no_grad()
     def concatenate_heads(self, adapters: list[str], columns: list[list[int]], merged: str) -> None:

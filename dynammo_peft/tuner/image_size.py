@@ -1,4 +1,4 @@
-"""The images' size: noted for the adapters, and position embeddings fitted to it."""
+"""Images on their way in: their size noted for the adapters, position embeddings and precision fitted to it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def needs_interpolation(model: nn.Module, image_size: tuple[int, int]) -> bool:
 class ImageSizeHook:
     """Runs before the base model: tells the adapters the images' size, which tokens do not carry.
 
-    It also has position embeddings fitted to the size where the model can do that. A copy of the model copies the hook
+    It also has position embeddings fitted to the size where the model can do that, and gives the images the precision
+    of the model's weights. A copy of the model copies the hook
     and its references to the layers with it.
     """
 
@@ -58,4 +59,7 @@ class ImageSizeHook:
                 layer.image_size = size
             if "interpolate_pos_encoding" not in kwargs and needs_interpolation(model, size):
                 kwargs = {**kwargs, "interpolate_pos_encoding": True}
+            # ViT does so itself; other models refuse single precision where their weights are half.
+            images = images.to(getattr(model, "dtype", images.dtype))
+            args, kwargs = ((images, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": images})
         return args, kwargs
