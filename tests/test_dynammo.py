@@ -386,7 +386,9 @@ def test_options_of_a_merge_are_json_or_a_mapping(given):
 
 @pytest.mark.parametrize("merge", MERGES)
 def test_every_merge_function_learns(merge):
-    _, results = fit(coloured_tasks(classes=4), merge=merge, merge_options=MERGES[merge], memory_size=8)
+    # Of LoRA's factors a weighted sum is no mean.
+    config = DynammoConfig() if merge == "linear" else None
+    _, results = fit(coloured_tasks(classes=4), config, merge=merge, merge_options=MERGES[merge], memory_size=8)
     assert results.metrics()["last_accuracy"] >= 0.7
 
 
@@ -634,7 +636,9 @@ def test_augmented_views_widen_the_statistics():
         ({"heads": "exemplars", "drift_ridge": 0.5}, {}, ["drift_ridge", "heads='exemplars'"]),
         ({"first_session": True, "recalibrate": True}, {}, ["first_session", "recalibrate"]),
         ({"heads": "knn"}, {}, ["heads='knn'", "'lda', 'ridge', 'gaussians', 'exemplars'"]),
-        ({"merge": "slerp"}, {}, ["merge='slerp'", *map(repr, COMBINATIONS)]),
+        ({"merge": "slerp"}, {}, ["merge='slerp'", *(repr(name) for name in COMBINATIONS if "running" not in name)]),
+        ({"exemplars_as_others": True, "memory_size": 0}, {}, ["exemplars_as_others", "memory_size"]),
+        ({"heads": "exemplars", "covariance_rank": 3}, {}, ["covariance_rank", "heads='exemplars'"]),
         ({"learned_weights": "row"}, {}, ["learned_weights='row'", "'none', 'task', 'layer', 'channel'"]),
         ({"weights_objective": "loss"}, {}, ["weights_objective='loss'", "'statistics', 'labels', 'entropy'"]),
         (

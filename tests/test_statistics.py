@@ -357,3 +357,9 @@ def test_a_feature_that_was_silent_does_not_choose_alone():
     silent, wakes = torch.zeros(len(before), 1), 0.01 * torch.randn(len(before), 1, generator=generator)
     expected = choose_ridge(before, after, labels)
     assert choose_ridge(torch.cat([before, silent], dim=1), torch.cat([after, wakes], dim=1), labels) == expected
+
+
+def test_no_class_has_no_samples():
+    statistics = ClassStatistics()
+    statistics.update(*drawn())
+    assert statistics.sample([], 7).shape == (0, 7, 5)

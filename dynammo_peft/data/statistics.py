@@ -258,7 +258,7 @@ class ClassStatistics:
                 root = of_pooled = _square_root(pooled) if of_pooled is None else of_pooled
             noise = torch.randn(count, len(root), dtype=torch.float64, generator=generator)
             drawn.append((self.means[label] + noise @ root.T).float())
-        return torch.stack(drawn)
+        return torch.stack(drawn) if drawn else torch.empty(0, count, self.features)
 
     def _check_known(self, labels: Sequence[int] = ()) -> None:
         if not self.means:

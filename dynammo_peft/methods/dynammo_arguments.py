@@ -103,6 +103,8 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
         filled._check_numbers()
         filled._check_heads(config)
         filled._check_training()
+        if self.exemplars_as_others and self.memory_size == 0:
+            raise ValueError("exemplars_as_others has none where no exemplars are kept; set memory_size.")
         return filled
 
     def _check_numbers(self) -> None:
@@ -133,10 +135,9 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
                 "first_session trains one adapter only, so merge, merge_options, learned_weights, recalibrate, "
                 "feature_distillation and drift_ridge would do nothing; leave them out."
             )
-        if self.heads == "exemplars" and self.drift_ridge is not None:
-            raise ValueError(
-                "drift_ridge is for moving class statistics, which heads='exemplars' has not; leave it out."
-            )
+        for name in ("drift_ridge", "covariance_rank"):
+            if self.heads == "exemplars" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for class statistics, which heads='exemplars' has not; leave it out.")
         if self.learns and self.weights_objective == "statistics" and self.heads == "exemplars":
             raise ValueError("weights_objective='statistics' needs class statistics, which heads='exemplars' has not.")
         if self.learns and self.weights_objective != "entropy" and self.memory_size == 0:

@@ -106,12 +106,19 @@ class Merging:
         self.arguments = method.arguments
         self.options = read_options(self.arguments.merge_options)
         self.combination_type = self._default() if self.arguments.merge is None else self.arguments.merge
-        check_choice("merge", self.combination_type, dict.fromkeys([method.config.averaging, *COMBINATIONS]))
         if self.combination_type in RUNNING:
             whole = RUNNING[self.combination_type]
             raise ValueError(
                 f"merge={self.combination_type!r} counts the first adapter as many, but all adapters are merged at "
                 f"once; choose merge={whole!r}, with offload_adapters if they shall be taken in one by one."
+            )
+        choices = dict.fromkeys([method.config.averaging, *(name for name in COMBINATIONS if name not in RUNNING)])
+        check_choice("merge", self.combination_type, choices)
+        if self.combination_type == "linear" and method.config.averaging != "linear":
+            raise ValueError(
+                "merge='linear' weights LoRA's factors by roots, as PEFT does, so that of adapters that are alike the "
+                "sum of their updates is made; choose 'uniform' for the mean of their factors, or 'cat' for the mean "
+                "of their updates."
             )
         # What PEFT alone has takes the options of a weighted sum: none.
         function = COMBINATIONS.get(self.combination_type, COMBINATIONS["linear"])
