@@ -105,16 +105,7 @@ CHOICES: dict[str, Row] = {
     "first_session": Row(arguments={"first_session": True}),
 }
 BOUNDS: dict[str, Row] = {"joint": Row("joint", at_once=True), "joint, heads=lda": Row(at_once=True)}
-# Heads, merges and the training of adapters, each against the mean of convolutions, whose name says so where they are
-# not the backbone's default.
-MEANS = ("adapter=conv, mean", "mean")
-COMPARED: dict[str, Row] = {
-    "heads=ridge": Row(arguments={"heads": "ridge", **MEAN}),
-    "heads=gaussians": Row(arguments={"heads": "gaussians", **MEAN}),
-    "heads=exemplars": Row(arguments={"heads": "exemplars", **MEAN}),
-    "heads=lda, last layer": Row(arguments=MEAN, config={"feature_modules": []}),
-    "heads=gaussians, last layer": Row(arguments={"heads": "gaussians", **MEAN}, config={"feature_modules": []}),
-    "heads=exemplars, last layer": Row(arguments={"heads": "exemplars", **MEAN}, config={"feature_modules": []}),
+MERGES: dict[str, Row] = {
     "merge=ties": Row(arguments={"merge": "ties", "merge_options": {"density": 0.5}}),
     "merge=dare_linear": Row(arguments={"merge": "dare_linear", "merge_options": {"density": 0.5}}),
     "merge=dare_ties": Row(arguments={"merge": "dare_ties", "merge_options": {"density": 0.5}}),
@@ -123,6 +114,18 @@ COMPARED: dict[str, Row] = {
         arguments={"merge": "exponential_moving_average", "merge_options": {"decay": 0.5}}
     ),
     "merge=fisher": Row(arguments={"merge": "fisher"}),
+}
+# Merges that only LoRA has, of updates, or layers of which are linear.
+OF_LORA: dict[str, Row] = {name: Row(arguments={"merge": name[6:]}) for name in ("merge=cat", "merge=regmean")}
+# Heads, merges and the training of adapters, each against the mean of convolutions.
+COMPARED: dict[str, Row] = {
+    "heads=ridge": Row(arguments={"heads": "ridge", **MEAN}),
+    "heads=gaussians": Row(arguments={"heads": "gaussians", **MEAN}),
+    "heads=exemplars": Row(arguments={"heads": "exemplars", **MEAN}),
+    "heads=lda, last layer": Row(arguments=MEAN, config={"feature_modules": []}),
+    "heads=gaussians, last layer": Row(arguments={"heads": "gaussians", **MEAN}, config={"feature_modules": []}),
+    "heads=exemplars, last layer": Row(arguments={"heads": "exemplars", **MEAN}, config={"feature_modules": []}),
+    **MERGES,
     "learned_weights=task": Row(arguments={"learned_weights": "task"}),
     "learned_weights=layer": Row(arguments={"learned_weights": "layer"}),
     "learned_weights=channel": Row(arguments={"learned_weights": "channel"}),
@@ -134,10 +137,14 @@ COMPARED: dict[str, Row] = {
 }
 
 
+def _named(adapter: TaskAdapter, row: str) -> str:
+    """The name of a row with adapters of one kind for all backbones; `default` needs no more."""
+    return f"adapter={adapter}" + ("" if row == "default" else f", {row}")
+
+
 def _on(adapter: TaskAdapter, rows: dict[str, Row]) -> dict[str, Row]:
-    """The same rows with adapters of one kind for all backbones, and their names say so; `default` needs no more."""
-    names = {name: f"adapter={adapter}" + ("" if name == "default" else f", {name}") for name in rows}
-    return {names[name]: replace(row, adapter=adapter) for name, row in rows.items()}
+    """The same rows with adapters of one kind for all backbones."""
+    return {_named(adapter, name): replace(row, adapter=adapter) for name, row in rows.items()}
 
 
 ROWS: dict[str, Row] = {
@@ -146,8 +153,7 @@ ROWS: dict[str, Row] = {
     **CHOICES,
     **BOUNDS,
     **_on("conv", {**CHOICES, **BOUNDS}),
-    **_on("lora", {**CHOICES, "acl": Row("acl", forward_passes="T")}),
-    "adapter=lora, merge=cat": Row(arguments={"merge": "cat"}, adapter="lora"),
+    **_on("lora", {**CHOICES, "acl": Row("acl", forward_passes="T"), **MERGES, **OF_LORA}),
     "adapter=lora, exemplar_free, merge=cat": Row(arguments={"memory_size": 0, "merge": "cat"}, adapter="lora"),
     "adapter=lora, last layer": Row(config={"feature_modules": []}, adapter="lora"),
     **{name: replace(row, adapter="conv") for name, row in COMPARED.items()},
@@ -156,6 +162,14 @@ CORE = ("acl", "paper", "default", "exemplar_free", "first_session", "joint")
 # Of the table of all backbones and sequences.
 TABLE = ("acl", "paper", "default", "exemplar_free", "mean", "exemplar_free, mean")
 TABLE += ("first_session", "joint", "joint, heads=lda")
+
+
+def compared_on(adapter: TaskAdapter) -> tuple[list[str], list[str]]:
+    """Rows that are compared on adapters of one kind, the mean of all among them, and the names that it has."""
+    means = [_named(adapter, "mean"), "mean"]
+    if adapter == "conv":
+        return ["acl", *means, *COMPARED], means
+    return [_named(adapter, "acl"), *means, *(_named(adapter, name) for name in (*OF_LORA, *MERGES))], means
 
 
 def load_train_and_test(sequence: Sequence) -> tuple[datasets.Dataset, datasets.Dataset, list[list[str]]]:
@@ -314,7 +328,11 @@ def main() -> None:
     at_once = [row for row, settings in ROWS.items() if settings.at_once]
     print(overview(lines, TABLE, at_once))
     print(details(lines, list(ROWS), at_once))
-    print(compared(lines, ("acl", *MEANS, "default", *COMPARED), MEANS))
+    for adapter in ("conv", "lora"):
+        rows, means = compared_on(adapter)
+        own = {line["backbone"] for line in lines if ROWS.get(line["row"], Row()).adapter == adapter}
+        print(f"\nHeads and merges, adapter={adapter}")
+        print(compared([line for line in lines if line["backbone"] in own], rows, means))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from dynammo_peft.data import ClassStatistics
-from dynammo_peft.methods.analytic import linear_discriminant, regularised, ridge_regression
+from dynammo_peft.methods.analytic import linear_discriminant, regularised, ridge_regression, shrinkage_for
 
 
 def drawn(classes=4, count=120, features=6):
@@ -97,3 +97,21 @@ def test_with_one_image_a_class_the_nearest_mean_wins():
     # One image in all.
     for solve in (linear_discriminant, ridge_regression):
         assert all(torch.isfinite(part).all() for part in solve(known(features[:1], labels[:1]), 0.1))
+
+
+def test_few_images_for_each_feature_shrink_the_covariance_more():
+    features, labels = drawn(count=120, features=6)
+    # 6 / (6 + 4 * 120) is below the least.
+    assert shrinkage_for(known(features, labels)) == 0.1
+    assert shrinkage_for(known(features[:12], labels[:12])) == pytest.approx(6 / (6 + 48))
+    assert shrinkage_for(known(features[:4], labels[:4])) == pytest.approx(6 / (6 + 16))
+    assert shrinkage_for(known(features[:4], labels[:4]), 0.0) == 0.0
+
+
+@pytest.mark.parametrize("head", [linear_discriminant, ridge_regression])
+def test_heads_take_the_shrinkage_that_follows_from_the_images(head):
+    features, labels = drawn()
+    few = known(features[:8], labels[:8])
+    for found, expected in zip(head(few), head(few, 6 / (6 + 32))):
+        assert torch.equal(found, expected)
+    assert not torch.equal(head(few)[0], head(few, 0.1)[0])
