@@ -20,9 +20,6 @@ from ..tuner.architectures import ARCHITECTURES
 from .cost import forward_cost
 
 
-SHRINKAGE = 0.3
-
-
 @dataclass(frozen=True)
 class BackboneScore:
     """How well the classes are told apart on a backbone's features.
@@ -172,7 +169,7 @@ def _accuracies(features: Tensor, labels: Tensor, shots: int, splits: int, seed:
         fitted, scored = order[:, :shots].flatten(), order[:, shots:].flatten()
         known = ClassStatistics()
         known.update(features[fitted], labels[fitted])
-        weight, bias = ridge_regression(known, SHRINKAGE)
+        weight, bias = ridge_regression(known)
         predicted = (features[scored].double() @ weight.T + bias).argmax(dim=1)
         accuracies.append((predicted == labels[scored]).double().mean().item())
     return accuracies

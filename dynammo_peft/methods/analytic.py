@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
 from ..data import ClassStatistics
+
+
+# Chosen on held-out images of five data sets (docs/merging_log.md).
+LEAST_SHRINKAGE = 0.1
+IMAGES_A_FEATURE = 4
+
+
+def shrinkage_for(statistics: ClassStatistics, shrinkage: Optional[float] = None) -> float:
+    """How far to shrink the covariance of `C` features of `N` images: `C / (C + 4 N)`, but at least 0.1.
+
+    The fewer images there are for each feature, the more of what features seem to have in common is chance.
+
+    Args:
+        statistics (`ClassStatistics`): Of all classes.
+        shrinkage (`Optional[float]`): What to take instead, if anything.
+    """
+    if shrinkage is not None:
+        return shrinkage
+    images = sum(statistics.counts.values())
+    return max(LEAST_SHRINKAGE, statistics.features / (statistics.features + IMAGES_A_FEATURE * images))
 
 
 def regularised(covariance: Tensor, shrinkage: float) -> Tensor:
@@ -28,7 +50,7 @@ def regularised(covariance: Tensor, shrinkage: float) -> Tensor:
     return (1 - shrinkage) * covariance + torch.diag(shrinkage * diagonal + floor)
 
 
-def linear_discriminant(statistics: ClassStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:
+def linear_discriminant(statistics: ClassStatistics, shrinkage: Optional[float] = None) -> tuple[Tensor, Tensor]:
     """Linear discriminant analysis: the logits of Gaussian classes that share a covariance and are equally frequent.
 
     The mean of `n` images is off by `1 / n` of the covariance, so that the squared distance of any image to it is
@@ -39,13 +61,14 @@ def linear_discriminant(statistics: ClassStatistics, shrinkage: float) -> tuple[
 
     Args:
         statistics (`ClassStatistics`): Of all classes.
-        shrinkage (`float`): Of the covariance, towards its diagonal.
+        shrinkage (`Optional[float]`): Of the covariance, towards its diagonal; see [`shrinkage_for`].
 
     Returns:
         `tuple[Tensor, Tensor]`: Weight `(N, C)` and bias `(N,)`, the classes in the order of their numbers.
     """
     means, covariance = statistics.mean_matrix(), statistics.pooled_covariance()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(regularised(covariance, shrinkage)))
+    shrunk = regularised(covariance, shrinkage_for(statistics, shrinkage))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shrunk))
     # Only differences between classes matter; without their common part the numbers stay small.
     centre = means.mean(dim=0)
     weight = (means - centre) @ inverse
@@ -54,12 +77,12 @@ def linear_discriminant(statistics: ClassStatistics, shrinkage: float) -> tuple[
     return weight, (excess - (weight * (means + centre)).sum(dim=1)) / 2
 
 
-def ridge_regression(statistics: ClassStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:
+def ridge_regression(statistics: ClassStatistics, shrinkage: Optional[float] = None) -> tuple[Tensor, Tensor]:
     """Ridge regression of the classes' indicators on the features, all classes counting the same.
 
     Args:
         statistics (`ClassStatistics`): Of all classes.
-        shrinkage (`float`): Of the total covariance, towards its diagonal.
+        shrinkage (`Optional[float]`): Of the total covariance, towards its diagonal; see [`shrinkage_for`].
 
     Returns:
         `tuple[Tensor, Tensor]`: Weight `(N, C)` and bias `(N,)`, the classes in the order of their numbers.
@@ -67,7 +90,7 @@ def ridge_regression(statistics: ClassStatistics, shrinkage: float) -> tuple[Ten
     means = statistics.mean_matrix()
     centre = means.mean(dim=0)
     between = (means - centre).T @ (means - centre) / len(means)
-    total = regularised(statistics.pooled_covariance() + between, shrinkage)
+    total = regularised(statistics.pooled_covariance() + between, shrinkage_for(statistics, shrinkage))
     weight = torch.linalg.solve(total, (means - centre).T / len(means)).T
     return weight, 1 / len(means) - weight @ centre
 

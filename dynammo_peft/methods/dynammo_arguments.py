@@ -69,8 +69,12 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
     feature_views: Optional[int] = field(
         default=None, metadata={"help": "Views of each image for statistics and heads; all but one augmented."}
     )
-    shrinkage: float = field(
-        default=0.1, metadata={"help": "Share by which 'lda' and 'ridge' shrink the covariance to its diagonal."}
+    shrinkage: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "Share by which 'lda' and 'ridge' shrink the covariance to its diagonal; if unset, the more, the "
+            "fewer images there are for each feature: C / (C + 4 N), but at least 0.1."
+        },
     )
     drift_ridge: Optional[float] = field(
         default=None,
@@ -117,7 +121,7 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
                 raise ValueError(f"{name}={value!r} must be at least {least}, and finite.")
             if name in WHOLE and not isinstance(value, int):
                 raise ValueError(f"{name}={value!r} must be an integer.")
-        if not is_between(self.shrinkage, 0, 1):
+        if self.shrinkage is not None and not is_between(self.shrinkage, 0, 1):
             raise ValueError(f"shrinkage={self.shrinkage!r} must be at least 0 and at most 1.")
 
     def _check_heads(self, config: HeadConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
@@ -21,10 +20,9 @@ from ..merging import (
 )
 from ..merging.recalibration import recalibrate
 from ..merging.registry import COMBINATIONS, check_runs
-from ..merging.weighted_sums import WeightedCombination
 from ..tuner.head_config import check_choice
 from .adapters import AdapterMethod
-from .analytic import regularised
+from .analytic import regularised, shrinkage_for
 from .measurements import Measurements
 from .merge_options import check_options, filled_in, read_options
 
@@ -147,11 +145,9 @@ class Merging:
         check_choice("weights_objective", self.arguments.weights_objective, Objective)
         if not isinstance(rate, (int, float)) or not math.isfinite(rate) or rate <= 0:
             raise ValueError(f"weights_learning_rate={rate!r} must be a finite number, greater than 0.")
-        if self.arguments.learns and self.combination_type not in typing.get_args(WeightedCombination):
-            raise ValueError(
-                "learned_weights are those of merge='linear' (of LoRA also 'cat'), got "
-                f"merge={self.combination_type!r}."
-            )
+        weighted = self.method.config.averaging
+        if self.arguments.learns and self.combination_type != weighted:
+            raise ValueError(f"learned_weights are those of merge={weighted!r}, got merge={self.combination_type!r}.")
 
     def _check_offload(self) -> None:
         """Refuses what needs all adapters in the model."""
@@ -229,7 +225,8 @@ class Merging:
         settings: dict[str, Any] = {"objective": arguments.weights_objective}
         output = "scores"
         if arguments.weights_objective == "statistics":
-            covariance = regularised(statistics.pooled_covariance(), arguments.shrinkage)
+            shrinkage = shrinkage_for(statistics, arguments.shrinkage)
+            covariance = regularised(statistics.pooled_covariance(), shrinkage)
             settings["objective"] = gaussian_likelihood(statistics.mean_matrix(), covariance)
             output = "features"
         with model.head_output(output):
