@@ -302,7 +302,8 @@ def main() -> None:
         "--precision",
         choices=typing.get_args(Precision),
         default="bf16",
-        help="Of autocast. On a CPU without AVX-512, bf16 takes ten times as long as fp32.",
+        help="Of autocast, and of what tables show but those of heads and merges, which are of all. On a CPU without "
+        "AVX-512, bf16 takes ten times as long as fp32.",
     )
     parser.add_argument("--validation_fraction", type=float, default=0.0)
     parser.add_argument("--report", action="store_true", help="Only print the tables of the results so far.")
@@ -326,8 +327,9 @@ def main() -> None:
                         run_seed(backbone, sequence, seed, args.epochs, rows, fraction, out, args.precision)
     lines = [line for line in read(out) if line["seed"] in args.seeds and line["epochs"] == args.epochs]
     at_once = [row for row, settings in ROWS.items() if settings.at_once]
-    print(overview(lines, TABLE, at_once))
-    print(details(lines, list(ROWS), at_once))
+    of_precision = [line for line in lines if line["precision"] == args.precision]
+    print(overview(of_precision, TABLE, at_once))
+    print(details(of_precision, list(ROWS), at_once))
     for adapter in ("conv", "lora"):
         rows, means = compared_on(adapter)
         own = {line["backbone"] for line in lines if ROWS.get(line["row"], Row()).adapter == adapter}
