@@ -75,7 +75,6 @@ LORA = {"r": 2, "feature_modules": []}
         ({"merge": "linear"}, False),
         ({"merge_options": {"first_share": 0.2}, "memory_size": 0}, False),
         ({}, True),
-        ({"merge": "linear"}, True),
         ({"merge": "uniform"}, True),
     ],
 )
