@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import dynammo_peft as dp
+from dynammo_peft.methods.adapters import HeadInit
 from dynammo_peft.tuner import TASK_ADAPTERS, default_adapter
 from dynammo_peft.tuner.architectures import TaskAdapter
 from merging_tables import compared, details, overview
@@ -116,7 +117,7 @@ MERGES: dict[str, Row] = {
     "merge=fisher": Row(arguments={"merge": "fisher"}),
 }
 # Merges that only LoRA has, of updates, or layers of which are linear.
-OF_LORA: dict[str, Row] = {name: Row(arguments={"merge": name[6:]}) for name in ("merge=cat", "merge=regmean")}
+OF_LORA: dict[str, Row] = {f"merge={name}": Row(arguments={"merge": name}) for name in ("cat", "regmean")}
 # Heads, merges and the training of adapters, each against the mean of convolutions.
 COMPARED: dict[str, Row] = {
     "heads=ridge": Row(arguments={"heads": "ridge", **MEAN}),
@@ -208,10 +209,12 @@ def run_seed(
     validation_fraction: float,
     out: Path,
     precision: Precision = "bf16",
+    head_init: HeadInit = "zeros",
 ) -> None:
     """Runs rows that have no result yet on one class order, and appends their results to `out`."""
     sequence = SEQUENCES[name]
     where = {"backbone": backbone, "sequence": name, "seed": seed, "epochs": epochs, "precision": precision}
+    where["head_init"] = head_init
     missing = [row for row in rows if {**where, "row": row} not in [_identity(line) for line in read(out)]]
     if not missing:
         return
@@ -233,13 +236,14 @@ def run_seed(
         for tasks in (groups, [list(chain(*groups))])
     )
     part = f"validation_{validation_fraction}" if validation_fraction else "test"
-    run = f"{backbone}-{name}-seed_{seed}-epochs_{epochs or 'default'}-{precision}"
+    run = f"{backbone}-{name}-seed_{seed}-epochs_{epochs or 'default'}-{precision}-{head_init}"
     adapters = out.parent / "adapters" / part / run
     features: dict[tuple[str, str], Tensor] = {}
     for row in missing:
         settings = ROWS[row]
         method_cls = dp.METHODS[settings.method]
-        arguments = {"memory_size": sequence.memory_size, "adapter_epochs": epochs, "seed": seed, **settings.arguments}
+        arguments = {"memory_size": sequence.memory_size, "adapter_epochs": epochs, "seed": seed}
+        arguments |= {"head_init": head_init, **settings.arguments}
         model = AutoModelForImageClassification.from_pretrained(path)
         usual = default_adapter(model)
         if plain := _plain(row, usual):
@@ -275,13 +279,14 @@ def _plain(row: str, usual: TaskAdapter) -> Optional[str]:
 
 
 def _identity(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: line[key] for key in ("backbone", "sequence", "seed", "epochs", "precision", "row")}
+    keys = ("backbone", "sequence", "seed", "epochs", "precision", "head_init", "row")
+    return {key: line[key] for key in keys}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Results so far; those that name no precision are of bf16."""
+    """Results so far; those that name no precision are of bf16, those that name no start of heads of a random one."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [{"precision": "bf16", **json.loads(line)} for line in lines]
+    return [{"precision": "bf16", "head_init": "random", **json.loads(line)} for line in lines]
 
 
 def main() -> None:
@@ -305,6 +310,12 @@ def main() -> None:
         help="Of autocast, and of what tables show but those of heads and merges, which are of all. On a CPU without "
         "AVX-512, bf16 takes ten times as long as fp32.",
     )
+    parser.add_argument(
+        "--head_init",
+        choices=typing.get_args(HeadInit),
+        default="zeros",
+        help="How heads start in stage 1. docs/measurements.md says which of its tables are of 'random'.",
+    )
     parser.add_argument("--validation_fraction", type=float, default=0.0)
     parser.add_argument("--report", action="store_true", help="Only print the tables of the results so far.")
     args = parser.parse_args()
@@ -324,8 +335,11 @@ def main() -> None:
                     rows = list(CORE) if args.core else args.rows
                     with sdpa_kernel(SDPBackend.MATH):
                         fraction = args.validation_fraction
-                        run_seed(backbone, sequence, seed, args.epochs, rows, fraction, out, args.precision)
-    lines = [line for line in read(out) if line["seed"] in args.seeds and line["epochs"] == args.epochs]
+                        run_seed(
+                            backbone, sequence, seed, args.epochs, rows, fraction, out, args.precision, args.head_init
+                        )
+    wanted = {"epochs": args.epochs, "head_init": args.head_init}
+    lines = [line for line in read(out) if line["seed"] in args.seeds and wanted.items() <= line.items()]
     at_once = [row for row, settings in ROWS.items() if settings.at_once]
     of_precision = [line for line in lines if line["precision"] == args.precision]
     print(overview(of_precision, TABLE, at_once))

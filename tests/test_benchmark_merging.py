@@ -98,24 +98,29 @@ def test_results_of_other_epochs_are_kept_apart(benchmark, tmp_path, monkeypatch
         assert measured == [f"`{rows}`"]
     assert [line["epochs"] for line in benchmark.read(tmp_path / "results" / "merging.jsonl")] == [1, None]
     trained = (tmp_path / "results" / "adapters" / "test").iterdir()
-    assert sorted(folder.name.rpartition("_")[2] for folder in trained) == ["1-bf16", "default-bf16"]
+    assert sorted(folder.name.rpartition("_")[2] for folder in trained) == ["1-bf16-zeros", "default-bf16-zeros"]
 
 
-def test_each_precision_has_adapters_and_results_of_its_own(benchmark, tmp_path):
+@pytest.mark.parametrize(
+    ("option", "values"), [("precision", ("bf16", "fp32", "fp32")), ("head_init", ("random", "zeros", "zeros"))]
+)
+def test_each_way_to_train_has_adapters_and_results_of_its_own(option, values, benchmark, tmp_path):
     out = tmp_path / "merging.jsonl"
-    for precision in ("bf16", "fp32", "fp32"):
+    for value in values:
         AcceleratorState._reset_state(reset_partial_state=True)
-        benchmark.run_seed("deit_tiny", "tiny_imagenet_40", 0, 1, ["first_session"], 0.0, out, precision)
-    assert [line["precision"] for line in benchmark.read(out)] == ["bf16", "fp32"]
+        benchmark.run_seed(
+            "deit_tiny", "tiny_imagenet_40", 0, 1, ["first_session"], 0.0, out, **{"precision": "fp32", option: value}
+        )
+    assert [line[option] for line in benchmark.read(out)] == [*values[:2]]
     trained = [load_file(path) for path in sorted((tmp_path / "adapters").rglob("*task_000.safetensors"))]
     assert len(trained) == 2
     assert any((trained[0][name] != trained[1][name]).any() for name in trained[0])
 
 
-def test_results_without_a_precision_are_of_bf16(benchmark, tmp_path):
+def test_how_results_were_trained_that_do_not_say_so(benchmark, tmp_path):
     out = tmp_path / "merging.jsonl"
     out.write_text(json.dumps({"row": "acl", "seed": 0}) + "\n")
-    assert benchmark.read(out) == [{"row": "acl", "seed": 0, "precision": "bf16"}]
+    assert benchmark.read(out) == [{"row": "acl", "seed": 0, "precision": "bf16", "head_init": "random"}]
 
 
 def line(row, seed, last, average, backbone="a", precision="bf16"):

@@ -68,8 +68,8 @@ def strong(**options):
 
 
 def begun(scenario, config=None, **options):
-    """A method that is about to learn its first task."""
-    method = Dynammo(tiny_model("vit"), arguments(**options), config)
+    """A method that is about to learn its first task, with heads that differ although nothing trains them."""
+    method = Dynammo(tiny_model("vit"), arguments(**{"head_init": "random"} | options), config)
     method.begin(scenario, Accelerator(cpu=True))
     return method
 

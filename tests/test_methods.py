@@ -19,6 +19,7 @@ from dynammo_peft import (
     Dynammo,
     DynammoArguments,
     DynammoConfig,
+    DynammoLoraConfig,
     Joint,
     Learner,
     forward_cost,
@@ -89,7 +90,8 @@ def features_under(model, name, images):
 
 
 def begun(method_cls, scenario, config=None, **options):
-    """A method that is about to learn its first task."""
+    """A method that is about to learn its first task, with heads that differ although nothing trains them."""
+    options = {"head_init": "random"} | options
     method = method_cls(tiny_model("convnext"), arguments(method_cls, **options), config)
     method.begin(scenario, Accelerator(cpu=True))
     return method
@@ -428,6 +430,29 @@ def test_where_a_new_adapter_starts(scenario, init, source):
     assert not torch.equal(*heads)
 
 
+@pytest.mark.parametrize("method_cls", [Dynammo, ACL, Joint])
+@pytest.mark.parametrize(
+    ("config", "option", "zeros"),
+    [
+        (None, None, True),
+        (DynammoLoraConfig(), None, True),
+        (DynammoConfig(preset="paper"), None, False),
+        (None, "random", False),
+        (DynammoConfig(preset="paper"), "zeros", True),
+    ],
+)
+def test_where_a_head_starts(scenario, method_cls, config, option, zeros):
+    method = begun(method_cls, scenario, config, head_init=option)
+    for task in (scenario[0], scenario[1]):
+        method.add_adapter(f"task_00{task.index}", task.class_names)
+        parameters = method.model.head.heads[f"task_00{task.index}"].parameters()
+        assert [not parameter.any() for parameter in parameters] == [zeros, zeros]
+    # Adapters start where they would beside any head.
+    other = begun(method_cls, scenario, config, head_init="zeros" if not zeros else "random")
+    other.add_adapter("task_000", scenario[0].class_names)
+    assert changed(adapter(method.model, "task_000"), adapter(other.model, "task_000")) == set()
+
+
 def test_training_the_backbone_in_the_first_task_only(scenario):
     after, trainable = [], []
     method = Dynammo(tiny_model("convnext"), arguments(adapter_epochs=1, head_epochs=1, train_backbone=True))
@@ -512,6 +537,7 @@ def test_a_task_is_learned_once(scenario, method_cls):
         ("adapter_schedule", "linear", ["schedule", "cosine", "constant", "step"]),
         ("head_schedule", "linear", ["schedule", "cosine", "constant", "step"]),
         ("adapter_init", "last", ["adapter_init", "previous", "first", "random"]),
+        ("head_init", "ones", ["head_init", "zeros", "random"]),
         ("selection", "newest", ["selection", "herding", "random", "closest_to_mean"]),
         ("memory_size", -1, ["memory_size=-1", "negative"]),
         ("adapter_epochs", 0, ["epochs=0", "at least 1"]),

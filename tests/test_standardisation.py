@@ -93,7 +93,8 @@ def test_the_head_is_folded_after_stage_1(scenario):
     head = method.model.head
     assert head.standardisation is None
     folded = head.heads[method.adapters[0]].weight
-    ratio = trained / folded
+    # Features that no image had left the head at zero.
+    ratio = (trained / folded)[trained != 0]
     assert ratio.std() < 1e-4 * ratio.mean()
     assert (ratio.mean() - 1).abs() > 0.01
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Optional
 import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data import ClassIncrementalScenario, LabelledImages
@@ -22,6 +22,7 @@ from .offload import AdapterFolder
 
 
 AdapterInit = Literal["previous", "first", "random"]
+HeadInit = Literal["zeros", "random"]
 
 # Images of a task, at most, that the scale of its features is measured on.
 SCALE_IMAGES = 1024
@@ -35,6 +36,14 @@ class AdapterMethodArguments(MethodArguments):
     selection: Selection = field(default="herding", metadata={"help": "How exemplars are chosen."})
     adapter_init: AdapterInit = field(
         default="previous", metadata={"help": "Whose copy a new task's adapter starts as, if not 'random'."}
+    )
+    head_init: Optional[HeadInit] = field(
+        default=None,
+        metadata={
+            "help": "Stage 1: how a task's head starts. 'zeros': its first step is towards the classes' means, so "
+            "that adapters are not bent towards random directions; the default, but for preset='paper'. 'random': as "
+            "PyTorch's linear layers."
+        },
     )
     train_backbone: bool = field(
         default=False, metadata={"help": "Train the backbone in the first task too, then freeze it."}
@@ -127,6 +136,9 @@ class AdapterMethod(Method):
         # Where adapters are that are not in the model.
         self.folder: Optional[AdapterFolder] = None
         check_choice("adapter_init", self.arguments.adapter_init, AdapterInit)
+        if self.arguments.head_init is not None:
+            check_choice("head_init", self.arguments.head_init, HeadInit)
+        self.head_init: HeadInit = self.arguments.head_init or ("random" if self.config.preset == "paper" else "zeros")
         self.optimization = {stage: self.arguments.optimization(stage) for stage in ("adapter", "head")}
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
@@ -139,7 +151,7 @@ class AdapterMethod(Method):
         self.config = replace(self.config, image_size=list(scenario.image_size))
 
     def add_adapter(self, name: str, class_names: list[str]) -> None:
-        """A new adapter with a fresh head, its convolutions copied from an earlier one; made active.
+        """A new adapter with a fresh head, its other weights copied from an earlier one; made active.
 
         The first adapter's backbone is trained with it if `train_backbone` is set (first-session adaptation).
 
@@ -153,6 +165,9 @@ class AdapterMethod(Method):
             self.model.add_adapter(name, config)
         else:
             self.model = get_peft_model(self.model, config, name)
+        if self.head_init == "zeros":
+            nn.init.zeros_(self.model.head.heads[name].weight)
+            nn.init.zeros_(self.model.head.heads[name].bias)
         if self.adapters and self.arguments.adapter_init != "random":
             self.copy_adapter(self.adapters[-1 if self.arguments.adapter_init == "previous" else 0], name)
         self.adapters.append(name)
