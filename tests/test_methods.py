@@ -432,23 +432,24 @@ def test_where_a_new_adapter_starts(scenario, init, source):
 
 @pytest.mark.parametrize("method_cls", [Dynammo, ACL, Joint])
 @pytest.mark.parametrize(
-    ("config", "option", "zeros"),
+    ("config", "options", "zeros"),
     [
-        (None, None, True),
-        (DynammoLoraConfig(), None, True),
-        (DynammoConfig(preset="paper"), None, False),
-        (None, "random", False),
-        (DynammoConfig(preset="paper"), "zeros", True),
+        (None, {}, [True, True]),
+        (DynammoLoraConfig(), {}, [True, True]),
+        (DynammoConfig(preset="paper"), {}, [False, False]),
+        (None, {"train_backbone": True}, [False, True]),
+        (None, {"head_init": "random"}, [False, False]),
+        (DynammoConfig(preset="paper"), {"head_init": "zeros", "train_backbone": True}, [True, True]),
     ],
 )
-def test_where_a_head_starts(scenario, method_cls, config, option, zeros):
-    method = begun(method_cls, scenario, config, head_init=option)
-    for task in (scenario[0], scenario[1]):
+def test_where_a_head_starts(scenario, method_cls, config, options, zeros):
+    method = begun(method_cls, scenario, config, **{"head_init": None} | options)
+    for task, expected in zip((scenario[0], scenario[1]), zeros):
         method.add_adapter(f"task_00{task.index}", task.class_names)
         parameters = method.model.head.heads[f"task_00{task.index}"].parameters()
-        assert [not parameter.any() for parameter in parameters] == [zeros, zeros]
+        assert [not parameter.any() for parameter in parameters] == [expected, expected]
     # Adapters start where they would beside any head.
-    other = begun(method_cls, scenario, config, head_init="zeros" if not zeros else "random")
+    other = begun(method_cls, scenario, config, head_init="random" if zeros[0] else "zeros")
     other.add_adapter("task_000", scenario[0].class_names)
     assert changed(adapter(method.model, "task_000"), adapter(other.model, "task_000")) == set()
 

@@ -41,8 +41,8 @@ class AdapterMethodArguments(MethodArguments):
         default=None,
         metadata={
             "help": "Stage 1: how a task's head starts. 'zeros': its first step is towards the classes' means, so "
-            "that adapters are not bent towards random directions; the default, but for preset='paper'. 'random': as "
-            "PyTorch's linear layers."
+            "that adapters are not bent towards random directions; the default, but for preset='paper', and for the "
+            "first head if train_backbone is set. 'random': as PyTorch's linear layers."
         },
     )
     train_backbone: bool = field(
@@ -138,7 +138,6 @@ class AdapterMethod(Method):
         check_choice("adapter_init", self.arguments.adapter_init, AdapterInit)
         if self.arguments.head_init is not None:
             check_choice("head_init", self.arguments.head_init, HeadInit)
-        self.head_init: HeadInit = self.arguments.head_init or ("random" if self.config.preset == "paper" else "zeros")
         self.optimization = {stage: self.arguments.optimization(stage) for stage in ("adapter", "head")}
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
@@ -165,13 +164,22 @@ class AdapterMethod(Method):
             self.model.add_adapter(name, config)
         else:
             self.model = get_peft_model(self.model, config, name)
-        if self.head_init == "zeros":
+        if self._head_init == "zeros":
             nn.init.zeros_(self.model.head.heads[name].weight)
             nn.init.zeros_(self.model.head.heads[name].bias)
         if self.adapters and self.arguments.adapter_init != "random":
             self.copy_adapter(self.adapters[-1 if self.arguments.adapter_init == "previous" else 0], name)
         self.adapters.append(name)
         self.model.set_adapter(name)
+
+    @property
+    def _head_init(self) -> HeadInit:
+        """How the head of the next adapter starts, before it joins the others."""
+        if self.arguments.head_init is not None:
+            return self.arguments.head_init
+        # A backbone in training learns features for later classes too, and more of them behind a random head.
+        trains_backbone = self.arguments.train_backbone and not self.adapters
+        return "random" if trains_backbone or self.config.preset == "paper" else "zeros"
 
     @contextmanager
     def standardised_features(self, images: LabelledImages) -> Iterator[None]:
