@@ -303,7 +303,8 @@ def test_regmean_is_for_all_with_linear_layers(name, targets):
 def test_learned_weights_are_of_the_updates(scenario):
     options = {"weights_objective": "entropy", "weights_simplex": False, "weights_steps": 3}
     options |= {"heads": "gaussians", "weights_learning_rate": 0.5, "memory_size": 9, "adapter_epochs": 1}
-    arguments = dp.DynammoArguments(learned_weights="layer", **options)
+    # Behind a head at zero an adapter's first update, of which there are few here, is none.
+    arguments = dp.DynammoArguments(learned_weights="layer", head_init="random", **options)
     method = dp.Dynammo(tiny_model("vit"), arguments, DynammoLoraConfig(r=2))
     dp.Learner(method, progress=False).fit(scenario)
     names = ["task_000", "task_001", "task_002"]
