@@ -3,7 +3,7 @@
     python benchmarks/merging.py                                   # everything; goes on where it was stopped
     python benchmarks/merging.py --backbones deit_tiny --sequences blood_cells --seeds 0 1 --rows acl paper default
     python benchmarks/merging.py --data_dir IMAGES --seeds 0       # images of yours: IMAGES/{train,test}/<class>/
-    python benchmarks/merging.py --report                          # the tables of what is there, of all --seeds
+    python benchmarks/merging.py --report --head_init random       # the tables of docs/measurements.md, of all --seeds
 
 Rows of a backbone, sequence and seed start from the same adapters: stage 1 is trained once for all methods that have
 the same images and the same loss in it, and kept under `docs/results/adapters` (not in version control; delete the

@@ -77,7 +77,7 @@ RUNS = [
             "recalibrate": True,
         },
     ),
-    # Heads trained by gradient on the same network: by how much depends on the processor.
+    # On standardised features it amplifies rounding, on some processors to more than these tests allow.
     ("acl", {"standardise_features": False}),
 ]
 
