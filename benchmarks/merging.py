@@ -93,9 +93,12 @@ class Row:
     forward_passes: str = "1"
 
 
+# ACL and the paper as they were published, whatever `--head_init` says.
+AS_PUBLISHED = {"head_init": "random"}
 # The paper's recipe on the adapters of ACL and of what is compared below: its own, wider ones would be another budget.
 PAPER_CONFIG = {"feature_modules": [], "scoring": "min_others"}
 PAPER_ARGUMENTS = {"heads": "exemplars", "feature_views": 1, "exemplars_as_others": True, "merge": "linear"}
+PAPER_ARGUMENTS |= AS_PUBLISHED
 # The mean of all adapters, instead of half way to it.
 MEAN = {"merge_options": {"first_share": 0.0}}
 CHOICES: dict[str, Row] = {
@@ -149,12 +152,12 @@ def _on(adapter: TaskAdapter, rows: dict[str, Row]) -> dict[str, Row]:
 
 
 ROWS: dict[str, Row] = {
-    "acl": Row("acl", adapter="conv", forward_passes="T"),
+    "acl": Row("acl", AS_PUBLISHED, adapter="conv", forward_passes="T"),
     "paper": Row(arguments=PAPER_ARGUMENTS, config=PAPER_CONFIG, adapter="conv"),
     **CHOICES,
     **BOUNDS,
     **_on("conv", {**CHOICES, **BOUNDS}),
-    **_on("lora", {**CHOICES, "acl": Row("acl", forward_passes="T"), **MERGES, **OF_LORA}),
+    **_on("lora", {**CHOICES, "acl": Row("acl", AS_PUBLISHED, forward_passes="T"), **MERGES, **OF_LORA}),
     "adapter=lora, exemplar_free, merge=cat": Row(arguments={"memory_size": 0, "merge": "cat"}, adapter="lora"),
     "adapter=lora, last layer": Row(config={"feature_modules": []}, adapter="lora"),
     **{name: replace(row, adapter="conv") for name, row in COMPARED.items()},
@@ -213,9 +216,10 @@ def run_seed(
 ) -> None:
     """Runs rows that have no result yet on one class order, and appends their results to `out`."""
     sequence = SEQUENCES[name]
-    where = {"backbone": backbone, "sequence": name, "seed": seed, "epochs": epochs, "precision": precision}
-    where["head_init"] = head_init
-    missing = [row for row in rows if {**where, "row": row} not in [_identity(line) for line in read(out)]]
+    run = {"backbone": backbone, "sequence": name, "seed": seed, "epochs": epochs, "precision": precision}
+    wanted = {row: {**run, "head_init": head_init_of(row, head_init), "row": row} for row in rows}
+    known = [_identity(line) for line in read(out)]
+    missing = {row: where for row, where in wanted.items() if where not in known}
     if not missing:
         return
     path = SHARED / "weights" / BACKBONES[backbone]
@@ -236,14 +240,12 @@ def run_seed(
         for tasks in (groups, [list(chain(*groups))])
     )
     part = f"validation_{validation_fraction}" if validation_fraction else "test"
-    run = f"{backbone}-{name}-seed_{seed}-epochs_{epochs or 'default'}-{precision}-{head_init}"
-    adapters = out.parent / "adapters" / part / run
     features: dict[tuple[str, str], Tensor] = {}
-    for row in missing:
+    for row, where in missing.items():
         settings = ROWS[row]
         method_cls = dp.METHODS[settings.method]
         arguments = {"memory_size": sequence.memory_size, "adapter_epochs": epochs, "seed": seed}
-        arguments |= {"head_init": head_init, **settings.arguments}
+        arguments |= {**settings.arguments, "head_init": where["head_init"]}
         model = AutoModelForImageClassification.from_pretrained(path)
         usual = default_adapter(model)
         if plain := _plain(row, usual):
@@ -255,13 +257,15 @@ def run_seed(
             TASK_ADAPTERS[settings.adapter or usual](**settings.config),
         )
         start = time.perf_counter()
-        folder = adapters / "at_once" if settings.at_once else adapters
+        trained = f"{backbone}-{name}-seed_{seed}-epochs_{epochs or 'default'}-{precision}-{where['head_init']}"
+        folder = out.parent / "adapters" / part / trained
+        if settings.at_once:
+            folder /= "at_once"
         accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
         learner = SharedLearner(method, accelerator, folder, features)
         measures = learner.fit(at_once if settings.at_once else scenario).metrics()
         line = {
             **where,
-            "row": row,
             "last": round(100 * measures["last_accuracy"], 2),
             "average": round(100 * measures["average_incremental_accuracy"], 2),
             "forgetting": round(100 * measures.get("forgetting", 0.0), 2),
@@ -270,6 +274,11 @@ def run_seed(
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
+
+
+def head_init_of(row: str, asked: HeadInit) -> HeadInit:
+    """How heads start in stage 1 of a row: as it says, or as asked for."""
+    return ROWS[row].arguments.get("head_init", asked) if row in ROWS else asked
 
 
 def _plain(row: str, usual: TaskAdapter) -> Optional[str]:
@@ -314,7 +323,8 @@ def main() -> None:
         "--head_init",
         choices=typing.get_args(HeadInit),
         default="zeros",
-        help="How heads start in stage 1. docs/measurements.md says which of its tables are of 'random'.",
+        help="How heads start in stage 1; at random for ACL and the paper in any case. docs/measurements.md says "
+        "which of its tables are of 'random'.",
     )
     parser.add_argument("--validation_fraction", type=float, default=0.0)
     parser.add_argument("--report", action="store_true", help="Only print the tables of the results so far.")
@@ -338,8 +348,8 @@ def main() -> None:
                         run_seed(
                             backbone, sequence, seed, args.epochs, rows, fraction, out, args.precision, args.head_init
                         )
-    wanted = {"epochs": args.epochs, "head_init": args.head_init}
-    lines = [line for line in read(out) if line["seed"] in args.seeds and wanted.items() <= line.items()]
+    lines = [line for line in read(out) if line["seed"] in args.seeds and line["epochs"] == args.epochs]
+    lines = [line for line in lines if line["head_init"] == head_init_of(line["row"], args.head_init)]
     at_once = [row for row, settings in ROWS.items() if settings.at_once]
     of_precision = [line for line in lines if line["precision"] == args.precision]
     print(overview(of_precision, TABLE, at_once))

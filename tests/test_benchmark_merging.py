@@ -117,6 +117,20 @@ def test_each_way_to_train_has_adapters_and_results_of_its_own(option, values, b
     assert any((trained[0][name] != trained[1][name]).any() for name in trained[0])
 
 
+def test_what_is_measured_as_published_starts_heads_at_random(benchmark, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    command = "merging.py --backbones deit_tiny --sequences tiny_imagenet_40 --seeds 0 --epochs 1 --rows acl"
+    for start in ("random", "zeros"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(sys, "argv", [*command.split(), "first_session", "--head_init", start])
+        benchmark.main()
+        shown = capsys.readouterr().out.splitlines()
+        measured = [line.split("|")[1].strip() for line in shown if line.startswith("| `") and line.endswith("| 0 |")]
+        assert measured == ["`acl`", "`first_session`"]
+    found = [(line["row"], line["head_init"]) for line in benchmark.read(tmp_path / "merging.jsonl")]
+    assert found == [("acl", "random"), ("first_session", "random"), ("first_session", "zeros")]
+
+
 def test_how_results_were_trained_that_do_not_say_so(benchmark, tmp_path):
     out = tmp_path / "merging.jsonl"
     out.write_text(json.dumps({"row": "acl", "seed": 0}) + "\n")
