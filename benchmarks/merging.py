@@ -34,7 +34,7 @@ import dynammo_peft as dp
 from dynammo_peft.methods.adapters import HeadInit
 from dynammo_peft.tuner import TASK_ADAPTERS, default_adapter
 from dynammo_peft.tuner.architectures import TaskAdapter
-from merging_tables import compared, details, overview
+from merging_tables import compared, details, of_any_precision, overview
 from shared_learner import SharedLearner
 
 
@@ -314,10 +314,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=typing.get_args(Precision),
+        choices=[*typing.get_args(Precision), "any"],
         default="bf16",
         help="Of autocast, and of what tables show but those of heads and merges, which are of all. On a CPU without "
-        "AVX-512, bf16 takes ten times as long as fp32.",
+        "AVX-512, bf16 takes ten times as long as fp32. 'any', for --report: rows beside each other that ran in "
+        "either.",
     )
     parser.add_argument(
         "--head_init",
@@ -329,6 +330,8 @@ def main() -> None:
     parser.add_argument("--validation_fraction", type=float, default=0.0)
     parser.add_argument("--report", action="store_true", help="Only print the tables of the results so far.")
     args = parser.parse_args()
+    if args.precision == "any" and not args.report:
+        parser.error("--precision any is for --report; run rows in bf16 or fp32.")
     args.epochs = args.epochs or None
     if args.data_dir is not None:
         folder, classes, memory = args.data_dir.resolve(), args.classes_per_task, args.memory_size
@@ -352,6 +355,8 @@ def main() -> None:
     lines = [line for line in lines if line["head_init"] == head_init_of(line["row"], args.head_init)]
     at_once = [row for row, settings in ROWS.items() if settings.at_once]
     of_precision = [line for line in lines if line["precision"] == args.precision]
+    if args.precision == "any":
+        of_precision = of_any_precision(lines)
     print(overview(of_precision, TABLE, at_once))
     print(details(of_precision, list(ROWS), at_once))
     for adapter in ("conv", "lora"):

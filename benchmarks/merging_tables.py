@@ -74,6 +74,18 @@ def compared(lines: list[Line], rows: Sequence[str], means: Sequence[str]) -> st
     return "\n".join(out)
 
 
+def of_any_precision(lines: list[Line]) -> list[Line]:
+    """One line for each row of a backbone, sequence and seed: the mean over the precisions that it ran in."""
+    runs: dict[tuple[Any, ...], list[Line]] = {}
+    for line in lines:
+        runs.setdefault(tuple(line[key] for key in ("backbone", "sequence", "seed", "row")), []).append(line)
+    means = []
+    for measured in runs.values():
+        mean = {key: statistics.mean(line[key] for line in measured) for key in ("last", "average")}
+        means.append({**measured[0], **mean, "precision": "any"})
+    return means
+
+
 def _values(lines: list[Line], row: str, key: str) -> dict[tuple[int, str], float]:
     """By seed and precision: only results of the same of both are compared."""
     return {(line["seed"], line["precision"]): line[key] for line in lines if line["row"] == row}

@@ -191,6 +191,23 @@ def test_differences_are_those_on_the_same_class_orders_and_in_the_same_precisio
     ]
 
 
+def test_rows_of_any_precision_beside_each_other(benchmark):
+    lines = [*LINES, line("default", 0, 62.0, 81.0, precision="fp32"), line("mean", 1, 62.0, 82.5, precision="fp32")]
+    table = benchmark.overview(benchmark.of_any_precision(lines), ("default", "mean"), []).splitlines()
+    assert table[2:] == [
+        "| `default` | 62.0 ± 1.4 / 82.2 ± 2.5 | 40.0 / 45.0 |",
+        "| `mean` | 62.0 / 82.5 |  |",
+        "| `default` less `mean` | +1.0 / +1.5 |  |",
+    ]
+
+
+def test_nothing_runs_in_any_precision(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["merging.py", "--precision", "any"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "--precision any is for --report" in capsys.readouterr().err
+
+
 def test_what_was_measured_under_another_name_comes_last(benchmark):
     table = benchmark.details([line("default, before", 2, 12.3, 45.6), *LINES], ("acl", "default"), ["joint"])
     assert table.splitlines()[:8] == [
