@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_images, tiny_model
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from dynammo_peft import DynammoConfig
 from dynammo_peft.merging import adapter_tensors, diagonal_fisher, input_grams, merge_adapters
@@ -235,3 +235,36 @@ def test_grams_of_text():
         rows = model.get_base_model().bert.embeddings(tokens).flatten(0, 1).double()
     gram = next(value for key, value in grams.items() if "query.lora_A" in key)
     torch.testing.assert_close(gram, rows.T @ rows / 24, rtol=1e-4, atol=1e-5)
+
+
+def test_fisher_of_a_tensor_that_layers_share():
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=8, vocab_size=11, bos_token_id=1, eos_token_id=2)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], trainable_token_indices=[3, 4], r=2)
+    model = get_peft_model(GPT2LMHeadModel(config), lora, "a").eval()
+    tokens = torch.tensor([[3, 5, 4, 7], [4, 4, 3, 9]])
+
+    def loss(logits, labels):
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    batches = [{"input_ids": tokens, "labels": tokens}]
+    before = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    found = diagonal_fisher(model, "a", batches, loss, vectorized=False)
+    after = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    assert list(before) == list(after) and all(before[name] is after[name] for name in before)
+    # Through the embeddings and the tied layer behind the last block together.
+    parameters = adapter_tensors(model, "a")
+    (shared,) = [key for key in parameters if "trainable_tokens" in key]
+    rows = []
+    for row in tokens:
+        value = loss(model(input_ids=row[None]).logits, row[None])
+        rows.append(torch.autograd.grad(value, list(parameters.values())))
+    assert_same(found, {key: sum(row[i].double() ** 2 for row in rows) / 2 for i, key in enumerate(parameters)})
+    assert found[shared].max() > 0
+
+
+def test_fisher_needs_a_label_for_each_image():
+    for vectorized in (True, False):
+        with pytest.raises(ValueError, match="has 4 images and 3 labels; give a label for each"):
+            batches = [(tiny_images("vit", 4), torch.zeros(3).long())]
+            diagonal_fisher(lora_model(), "first", batches, vectorized=vectorized)

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tiny import tiny_images, tiny_model
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dynammo_peft import DynammoConfig
 from dynammo_peft.merging import MergeWeights, gaussian_likelihood, learn_merge_weights, merge_adapters
@@ -959,3 +960,69 @@ def test_folded_adapters_are_refused():
     model.merge_adapter([TASKS[0]])
     with pytest.raises(ValueError, match="merged into the base weights; call `unmerge_adapter`"):
         learn_merge_weights(model, TASKS, labelled("lora"), "other", progress=False)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_tensor_that_layers_share_has_one_weight(granularity):
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=8, vocab_size=11, bos_token_id=1, eos_token_id=2)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], trainable_token_indices=[3, 4], r=2)
+    model = get_peft_model(GPT2LMHeadModel(config), lora, TASKS[0])
+    model.add_adapter(TASKS[1], lora)
+    with torch.no_grad():
+        for name in TASKS[:2]:
+            for tensor in adapter_tensors(model, name).values():
+                tensor.normal_()
+    assert len([key for key in adapter_slots(model, TASKS[0]) if "trainable_tokens" in key]) == 1
+    tokens = torch.tensor([[3, 5, 4, 7], [4, 4, 3, 9]])
+
+    def loss(logits, labels):
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    batches = [{"input_ids": tokens, "labels": tokens}]
+    weights = learn_merge_weights(model, TASKS[:2], batches, granularity=granularity, objective=loss, progress=False)
+    assert weights.loss_after < weights.loss_before
+    model.eval().set_adapter("merged")
+    with torch.no_grad():
+        assert loss(model(input_ids=tokens).logits, tokens).item() == pytest.approx(weights.loss_after, rel=1e-5)
+
+
+def test_an_adapter_of_other_classes_is_not_filled():
+    model = adapted("dynammo")
+    batches = [images_of("dynammo")]
+    options = {"objective": "entropy", "steps": 1, "progress": False}
+    learn_merge_weights(model, TASKS[:2], batches, **options)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="'merged' has the classes cat, dog, owl, but .* dog, owl, fox, elk.*anew"):
+        learn_merge_weights(model, TASKS, batches, **options)
+    assert state_of(model) == before
+    merge_adapters(model, TASKS)
+    learn_merge_weights(model, TASKS, batches, **options)
+    assert model.peft_config["merged"].class_names == ["cat", "dog", "owl", "fox", "elk"]
+
+
+def test_an_adapter_that_is_built_otherwise_is_not_filled():
+    configs = [LoHaConfig(target_modules=["q_proj"], alpha=alpha) for alpha in (4, 4, 64)]
+    model = get_peft_model(tiny_model("vit"), configs[0], TASKS[0])
+    for name, config in zip((TASKS[1], "merged"), configs[1:]):
+        model.add_adapter(name, config)
+    with pytest.raises(ValueError, match=r"'task_000' and 'merged' differ in alpha \(4 and 64\)"):
+        learn_merge_weights(model, TASKS[:2], labelled("lora"), progress=False)
+
+
+def test_nothing_is_learned_past_what_the_base_model_does():
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], alora_invocation_tokens=[5])
+    base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=11, bos_token_id=1, eos_token_id=2))
+    model = get_peft_model(base, config, TASKS[0])
+    with pytest.raises(ValueError, match="'task_000' has alora_invocation_tokens, which the base model's"):
+        learn_merge_weights(model, TASKS[:1], [torch.zeros(1, 3).long()], progress=False)
+    assert list(model.peft_config) == TASKS[:1]
+
+
+def test_a_seed_is_of_the_devices_that_are_put_back(monkeypatch):
+    def reseeded(seed):
+        raise AssertionError("The state of all CUDA devices is lost.")
+
+    model, batches = adapted("ia3"), labelled("ia3")
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded)
+    learn_merge_weights(model, TASKS, batches, steps=1, progress=False)

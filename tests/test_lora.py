@@ -8,7 +8,14 @@ from tiny import CONFIGS, tiny_dataset, tiny_images, tiny_model, tiny_processor
 
 import dynammo_peft as dp
 from dynammo_peft import DynammoConfig, DynammoLoraConfig
-from dynammo_peft.merging import MergeWeights, adapter_tensors, input_grams, merge, merge_adapters
+from dynammo_peft.merging import (
+    MergeWeights,
+    adapter_tensors,
+    input_grams,
+    learn_merge_weights,
+    merge,
+    merge_adapters,
+)
 from dynammo_peft.merging.groups import WeightGroup
 from dynammo_peft.tuner import default_adapter
 from dynammo_peft.tuner.heads import class_logits
@@ -214,6 +221,18 @@ def test_bad_configuration(options, message):
         DynammoLoraConfig(**options)
 
 
+def test_learned_weights_are_taken_as_they_were_learned():
+    model = two_tasks()
+    names = ["task_000", "task_001"]
+    for combination_type, rank in (("linear", 4), ("cat", 8)):
+        options = {"objective": "entropy", "steps": 1, "progress": False, "combination_type": combination_type}
+        learned = learn_merge_weights(model, names, [tiny_images("vit")], combination_type, **options)
+        model.add_weighted_adapter(names, learned, "again")
+        assert model.peft_config["again"].r == rank
+        expected = adapter_tensors(model, combination_type)
+        assert all(torch.equal(one, expected[key]) for key, one in adapter_tensors(model, "again").items())
+
+
 def test_bad_merges():
     model = two_tasks()
     model.add_adapter("wide", config(["f"], r=8))
@@ -225,7 +244,7 @@ def test_bad_merges():
         model.add_weighted_adapter(["task_000", "task_001"], [1.0], adapter_name="both")
     learned = MergeWeights(["task_000", "task_001"], [WeightGroup()], "task")
     with pytest.raises(ValueError, match="those of combination_type='linear', got 'cat'"):
-        model.add_weighted_adapter(["task_000", "task_001"], learned, adapter_name="both")
+        model.add_weighted_adapter(["task_000", "task_001"], learned, "both", combination_type="cat")
     with pytest.raises(ValueError, match="no option 'density'"):
         model.add_weighted_adapter(["task_000", "task_001"], adapter_name="both", density=0.5)
     with pytest.raises(ValueError, match="'nobody' does not exist"):

@@ -289,6 +289,12 @@ def resnet(width=64, depth=2):
     return AutoModelForImageClassification.from_config(ResNetConfig(embedding_size=16, **config))
 
 
+def of_others():
+    groups = [{"weights": [2.0, 5.0]}]
+    description = {"adapters": ["cats", "dogs"], "granularity": "task", "simplex": False, "groups": groups}
+    return MergeWeights.from_dict(description)
+
+
 @pytest.mark.parametrize(
     "second, arguments, message",
     [
@@ -303,8 +309,14 @@ def resnet(width=64, depth=2):
         (None, {"weights": 0.5, "batches": [1]}, "either weights or batches.*not both"),
         (None, {"num_labels": 0}, "num_labels=0 must be at least 1; None keeps the first model's classifier"),
         (None, {"num_labels": -2, "weights": 0.5}, "num_labels=-2 must be at least 1"),
-        (None, {"weights": 1.5}, "weights=1.5 must be between 0 and 1"),
-        (None, {"weights": -0.5}, "weights=-0.5 must be between 0 and 1"),
+        (None, {"weights": 1.5}, "weights=1.5 must be a number between 0 and 1"),
+        (None, {"weights": -0.5}, "weights=-0.5 must be a number between 0 and 1"),
+        (None, {"weights": [0.5, 0.5]}, r"weights=\[0.5, 0.5\] must be a number between 0 and 1"),
+        (
+            None,
+            {"weights": of_others()},
+            "are of cats, dogs; give those that merge_backbones has returned, of first",
+        ),
         (None, {"granularity": "kernel"}, "granularity='kernel'.*'task', 'layer', 'channel'"),
         (None, {"batches": [], "objective": "accuracy"}, "objective='accuracy'.*'labels', 'entropy'"),
         (None, {"batches": []}, "batches holds no batch"),
@@ -348,3 +360,13 @@ def test_a_model_without_a_classifier_gets_no_fresh_one():
     model = ViTModel(tiny_model("vit").config)
     with pytest.raises(ValueError, match="num_labels=4 .* ViTModel has no backbone"):
         merge_backbones(model, copy.deepcopy(model), num_labels=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_head_in_half_precision_is_learned_in_single(dtype):
+    first, second = (tiny_model("vit", seed=seed).to(dtype) for seed in (0, 7))
+    batches = [(images.to(dtype), labels) for images, labels in labelled("vit")]
+    merged, weights = merge_backbones(first, second, batches, steps=10, progress=False)
+    assert weights.loss_after < weights.loss_before
+    assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+    assert not torch.equal(merged.classifier.weight, first.classifier.weight)

@@ -20,6 +20,7 @@ from peft import (
     get_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 from peft.utils import merge_utils
 from tiny import tiny_images, tiny_model
 from torch import nn
@@ -614,6 +615,8 @@ def test_side_by_side_is_what_peft_makes_and_takes_no_rank_for_nothing():
     [
         ({"use_dora": True}, "'a0' has use_dora=True, with which that is not all; choose 'uniform'"),
         ({"target_parameters": ["cls_token"]}, "'a0' has target_parameters"),
+        ({"use_bdlora": BdLoraConfig(target_modules_bd_a=ATTENTION, nblocks=2)}, "'a0' has use_bdlora"),
+        ({"monteclora_config": MontecloraConfig()}, "'a0' has monteclora_config"),
     ],
 )
 def test_what_two_factors_do_not_hold_is_not_placed_side_by_side(options, message):
@@ -715,3 +718,37 @@ def test_values_of_another_name_or_shape_are_not_written():
         with pytest.raises(ValueError, match="Adapter 'a0' has no tensor .* of shape"):
             set_adapter_tensors(model, "a0", {key: torch.zeros_like(own[key]), **wrong})
     assert_same(adapter_tensors(model, "a0"), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_each_tensor_keeps_its_precision(dtype):
+    config = LoraConfig(target_modules=ATTENTION, r=2, modules_to_save=["classifier"])
+    # PEFT keeps LoRA in float32, and what it copies of the base model as it is.
+    model = with_adapters(config, config, base=tiny_model("vit").to(dtype))
+    own = adapter_tensors(model, "a0")
+    assert {tensor.dtype for tensor in own.values()} == {torch.float32, dtype}
+    merge_adapters(model, ["a0"], [1.0])
+    merged = adapter_tensors(model, "merged")
+    assert {key: tensor.dtype for key, tensor in merged.items()} == {key: one.dtype for key, one in own.items()}
+    assert all(torch.equal(merged[key], one) for key, one in own.items())
+
+
+@pytest.mark.parametrize("combination_type", ["linear", "cat"])
+def test_adapters_that_change_the_base_are_refused_before_they_do(combination_type):
+    config = LoraConfig(target_modules=ATTENTION, r=2, kasa_config=KasaConfig())
+    model = with_adapters(config, config)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="'a0' has a kasa_config, with which each new adapter changes the base"):
+        merge_adapters(model, ["a0", "a1"], combination_type=combination_type)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(target_modules=ATTENTION, r=2), IA3Config(target_modules=["v_proj"], feedforward_modules=[])]
+)
+def test_a_new_adapter_draws_nothing_outside(config):
+    model = with_adapters(config, config)
+    state = torch.random.get_rng_state()
+    merge_adapters(model, ["a0", "a1"])
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -70,7 +70,8 @@ def adapted_base(model: AdaptedModel) -> nn.Module:
 def adapter_slots(model: AdaptedModel, adapter: str) -> dict[str, Slot]:
     """The places of an adapter's tensors by their `key`.
 
-    Heads of DynaMMo adapters are left out: each has classes of its own, so they are placed side by side, not merged.
+    Heads of DynaMMo adapters are left out: each has classes of its own, so they are placed side by side, not merged. A
+    tensor that several layers share, as of tied embeddings, is there once.
 
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
@@ -112,7 +113,15 @@ def _adapter_layers(module: nn.Module, name: str, seen: set[nn.Module]) -> Itera
 
 
 def _entries(layers: Iterable[tuple[str, nn.Module]], adapter: str) -> Iterator[tuple[Slot, Tensor]]:
-    """The places of an adapter's tensors, and the tensors."""
+    """The places of an adapter's tensors, and the tensors, each once."""
+    seen: set[int] = set()
+    for slot, tensor in _all_entries(layers, adapter):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield slot, tensor
+
+
+def _all_entries(layers: Iterable[tuple[str, nn.Module]], adapter: str) -> Iterator[tuple[Slot, Tensor]]:
     for layer_name, layer in layers:
         if getattr(layer, "is_head", False):
             continue
@@ -142,6 +151,23 @@ def _buffer_kind(owner: nn.Module, buffer: Tensor) -> Kind:
     # Only BatchNorm counts; other integers are places, as those of attention's relative positions.
     counts = isinstance(owner, nn.modules.batchnorm._NormBase)
     return "statistic" if counts or buffer.is_floating_point() else "constant"
+
+
+def tensor_places(module: nn.Module) -> dict[int, list[str]]:
+    """Where each tensor is held, by its `id`: all names of a shared one, but of a module with several names only one.
+
+    What `functional_call` needs with `tie_weights=False`. By itself it names places inside shared modules twice, and
+    leaves its stand-ins there.
+
+    Args:
+        module (`nn.Module`): A model.
+    """
+    places: dict[int, list[str]] = {}
+    for path, owner in module.named_modules():
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None:
+                places.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
+    return places
 
 
 def adapter_tensors(model: AdaptedModel, adapter: str) -> AdapterTensors:

@@ -106,12 +106,16 @@ def merge_backbones(
         if batches is not None:
             loss = FunctionalLoss(merged.eval(), objective, forward)
             head = _trainable_copies(merged, slots)
+            precisions = {name: merged.get_parameter(name).dtype for name in head}
+
+            def loss_of(batch: Any) -> Tensor:
+                own = {name: parameter.to(precisions[name]) for name, parameter in head.items()}
+                return loss.of({**mixture.combine(stacked), **own}, batch)
+
             groups = [{"params": [mixture.values], "lr": mixture.step_length(learning_rate)}]
             if head:
                 groups.append({"params": list(head.values()), "lr": head_learning_rate})
-            mixture.loss_before, mixture.loss_after = minimize(
-                lambda batch: loss.of({**mixture.combine(stacked), **head}, batch), groups, batches, steps, progress
-            )
+            mixture.loss_before, mixture.loss_after = minimize(loss_of, groups, batches, steps, progress)
     with torch.no_grad():
         state = merged.state_dict()
         for name, value in {**mixture.combine(stacked), **head}.items():
@@ -127,11 +131,16 @@ def _weights(
 ) -> MergeWeights:
     """Those given, for these tensors, or uniform ones."""
     if isinstance(weights, MergeWeights):
+        if tuple(weights.adapters) != BACKBONES:
+            raise ValueError(
+                f"The merge weights are of {', '.join(weights.adapters)}; give those that merge_backbones has "
+                f"returned, of {' and '.join(BACKBONES)}, or the first model's share."
+            )
         return MergeWeights.from_dict(weights.as_dict(), slots)
     if weights is None:
         return MergeWeights.for_slots(BACKBONES, slots, tensors, granularity, simplex=True)
-    if not 0 <= weights <= 1:
-        raise ValueError(f"weights={weights} must be between 0 and 1: the share of the first model.")
+    if not isinstance(weights, (int, float)) or not 0 <= weights <= 1:
+        raise ValueError(f"weights={weights!r} must be a number between 0 and 1: the share of the first model.")
     shares = {"granularity": "task", "simplex": False, "groups": [{"weights": [float(weights), 1 - float(weights)]}]}
     return MergeWeights.from_dict({"adapters": BACKBONES, **shares}, slots)
 
@@ -159,9 +168,12 @@ def _slots(model: PreTrainedModel, with_head: bool) -> dict[str, Slot]:
 
 
 def _trainable_copies(model: PreTrainedModel, slots: Mapping[str, Slot]) -> dict[str, Tensor]:
-    """Parameters that are not merged, as leaves: the head's."""
+    """Parameters that are not merged, as leaves: the head's, in float32, since Adam needs more than half precision."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if name not in slots}
-    return {name: parameter.detach().clone().requires_grad_() for name, parameter in parameters.items()}
+    return {
+        name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True).requires_grad_()
+        for name, parameter in parameters.items()
+    }
 
 
 def _tensors(model: PreTrainedModel, slots: Mapping[str, Slot], like: PreTrainedModel) -> AdapterTensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import fields
 from typing import Any, Optional, Union
 
@@ -86,6 +86,23 @@ def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: 
     check_constants(model, adapters)
 
 
+def check_fillable(model: AdaptedModel, adapters: Sequence[str], adapter_name: str) -> None:
+    """Raises a `ValueError` unless an adapter that exists is built as a new one that `merge_adapters` makes of others.
+
+    Args:
+        model (`Union[PeftModel, BaseTuner]`): A model with adapters, of which these can be merged.
+        adapters (`Sequence[str]`): Names of the adapters to merge.
+        adapter_name (`str`): Name of the adapter to be filled.
+    """
+    tuner = tuner_of(model)
+    if hasattr(tuner, "check_heads"):
+        tuner.check_heads(adapters, adapter_name)
+    else:
+        # LoRA of another rank has other shapes, if they do not fit.
+        _check_configs(model, [adapters[0], adapter_name], ignored={"r"})
+    check_constants(model, [adapters[0], adapter_name])
+
+
 def check_name_is_free(base: nn.Module, name: str) -> None:
     """Raises a `ValueError` if a part of the base model or of its adapters has the name.
 
@@ -139,7 +156,7 @@ def changes_base(init_lora_weights: Any) -> bool:
     return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(BASE_CHANGING_INIT)
 
 
-def _check_configs(model: AdaptedModel, adapters: Sequence[str]) -> None:
+def _check_configs(model: AdaptedModel, adapters: Sequence[str], ignored: Set[str] = frozenset()) -> None:
     configs = [model.peft_config[name] for name in adapters]
     for name, config in zip(adapters, configs):
         kind = config.peft_type.value
@@ -158,8 +175,13 @@ def _check_configs(model: AdaptedModel, adapters: Sequence[str]) -> None:
                 f"Adapter {name!r} has init_lora_weights={start!r}, which changes the base weights. Convert it to "
                 "LoRA when saving it (`path_initial_model_for_weight_conversion`) and load that."
             )
+        if getattr(config, "kasa_config", None) is not None:
+            raise ValueError(
+                f"Adapter {name!r} has a kasa_config, with which each new adapter changes the base weights under all "
+                "others, so that none can be made of them."
+            )
         for field in _differing_fields(configs[0], config):
-            if field not in TARGET_FIELDS:
+            if field not in TARGET_FIELDS | ignored:
                 _raise_differing(adapters[0], name, field, getattr(configs[0], field), getattr(config, field))
 
 

@@ -10,11 +10,13 @@ import torch
 from peft.tuners.lora import LoraModel
 
 from .adapters import AdaptedModel, Slot, adapter_layers, adapter_slots, adapter_tensors
-from .state import tuner_of
+from .state import random_state_kept, tuner_of
 
 
 def create_adapter(model: AdaptedModel, adapters: list[str], adapter_name: str, **changes: Any) -> None:
-    """Adds an adapter with the first one's configuration, in the mode of the layers it is in.
+    """Adds an adapter with the first one's configuration, in the mode and precision that its layers have.
+
+    What PEFT draws for it, which a merge writes over, is not missing outside.
 
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
@@ -22,6 +24,11 @@ def create_adapter(model: AdaptedModel, adapters: list[str], adapter_name: str, 
         adapter_name (`str`): Name of the new adapter, of which there is none yet.
         changes: Fields in which its configuration differs from the first adapter's.
     """
+    with random_state_kept(model):
+        _create_adapter(model, adapters, adapter_name, **changes)
+
+
+def _create_adapter(model: AdaptedModel, adapters: list[str], adapter_name: str, **changes: Any) -> None:
     tuner = tuner_of(model)
     if hasattr(tuner, "create_merged_adapter"):
         tuner.create_merged_adapter(adapters, adapter_name, **changes)
@@ -32,10 +39,11 @@ def create_adapter(model: AdaptedModel, adapters: list[str], adapter_name: str, 
         setattr(config, field, value)
     tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(tuner.model, adapter_name)
-    half = any(
-        tensor.dtype in (torch.float16, torch.bfloat16) for tensor in adapter_tensors(model, adapters[0]).values()
-    )
-    tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=not half)
+    like = adapter_tensors(model, adapters[0])
+    for key, tensor in adapter_tensors(model, adapter_name).items():
+        if key in like:
+            # PEFT makes them in the base model's precision.
+            tensor.data = tensor.data.to(like[key].dtype)
     for _, layer in adapter_layers(model):
         for name in (*layer.adapter_layer_names, *layer.other_param_names):
             container = getattr(layer, name, None)
@@ -63,7 +71,7 @@ def create_concatenated(model: AdaptedModel, adapters: list[str], count: int, ad
             f"combination_type='cat' places the factors of LoRA side by side, and adapter {adapters[0]!r} is of "
             f"peft_type {first.peft_type.value!r}; choose 'linear'."
         )
-    for field in ("use_dora", "target_parameters"):
+    for field in ("use_dora", "use_bdlora", "monteclora_config", "target_parameters"):
         if value := getattr(first, field):
             raise ValueError(
                 f"combination_type='cat' sums what two factors of LoRA add, and adapter {adapters[0]!r} has "

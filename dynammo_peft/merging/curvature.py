@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .adapters import AdaptedModel, AdapterTensors, adapted_base, adapter_slots, adapter_tensors
+from .adapters import AdaptedModel, AdapterTensors, adapted_base, adapter_slots, adapter_tensors, tensor_places
 from .objectives import inputs_and_labels
 from .state import adapter_used
 
@@ -66,31 +66,34 @@ def diagonal_fisher(
         `AdapterTensors`: The Fisher information by key of the parameters, in float64; statistics have none.
 
     Raises:
-        ValueError: If the adapter does not exist, there are no images, `draws` is less than 1, or `vectorized` does
-            not go with the model.
+        ValueError: If the adapter does not exist, there are no images, or as many labels as images, `draws` is less
+            than 1, or `vectorized` does not go with the model.
     """
     if draws is not None and draws < 1:
         raise ValueError(f"draws={draws} must be at least 1, or None for all classes by their probability.")
-    slots = adapter_slots(model, adapter)
     tensors = {
         key: tensor for key, tensor in adapter_tensors(model, adapter).items() if isinstance(tensor, nn.Parameter)
     }
     runner = _Runner(model, forward)
-    names = {id(parameter): name for name, parameter in runner.named_parameters(remove_duplicate=False)}
-    parameters = {names[id(tensor)]: tensor.detach() for tensor in tensors.values()}
-    gradients = _gradients(runner, loss or F.cross_entropy, parameters, vectorized)
-    total = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in parameters.items()}
+    places = tensor_places(runner)
+    names = {key: places[id(tensor)] for key, tensor in tensors.items()}
+    parameters = {key: tensor.detach() for key, tensor in tensors.items()}
+    gradients = _gradients(runner, loss or F.cross_entropy, parameters, names, vectorized)
+    total = {key: torch.zeros_like(parameter, dtype=torch.float64) for key, parameter in parameters.items()}
     count = 0
     generator = torch.Generator().manual_seed(seed)
     with adapter_used(model, adapter):
         for inputs, labels in _on_device(batches, model):
-            count += _size(inputs)
+            size = _size(inputs)
+            if labels is not None and len(labels) != size:
+                raise ValueError(f"A batch has {size} images and {len(labels)} labels; give a label for each.")
+            count += size
             for targets, shares in _targets(runner, inputs, labels, draws, generator):
-                for name, gradient in gradients(inputs, targets).items():
-                    total[name] += torch.tensordot(shares, gradient.double().square(), dims=1)
+                for key, gradient in gradients(inputs, targets).items():
+                    total[key] += torch.tensordot(shares, gradient.double().square(), dims=1)
     if count == 0:
         raise ValueError("batches holds no images; the Fisher information is a mean over them.")
-    return {key: total[names[id(tensor)]] / count for key, tensor in tensors.items() if key in slots}
+    return {key: information / count for key, information in total.items()}
 
 
 class _Runner(nn.Module):
@@ -106,19 +109,23 @@ class _Runner(nn.Module):
 
 
 def _gradients(
-    runner: nn.Module, loss: Loss, parameters: dict[str, Tensor], vectorized: bool
-) -> Callable[[Inputs, Tensor], dict[str, Tensor]]:
-    """A function of inputs and labels `(B,)` that gives each image's gradients, `(B, ...)` by name."""
+    runner: nn.Module, loss: Loss, parameters: AdapterTensors, names: Mapping[str, list[str]], vectorized: bool
+) -> Callable[[Inputs, Tensor], AdapterTensors]:
+    """A function of inputs and labels `(B,)` that gives each image's gradients, `(B, ...)`.
 
-    def loss_of_one(values: dict[str, Tensor], image: Inputs, label: Tensor) -> Tensor:
+    Parameters and gradients are by key, of which the runner has each by one or more names.
+    """
+
+    def loss_of_one(values: AdapterTensors, image: Inputs, label: Tensor) -> Tensor:
         batch = {name: value[None] for name, value in image.items()} if isinstance(image, dict) else image[None]
-        return loss(functional_call(runner, values, (batch,)), label[None])
+        named = {name: value for key, value in values.items() for name in names[key]}
+        return loss(functional_call(runner, named, (batch,), tie_weights=False), label[None])
 
     of_one = grad(loss_of_one)
     if vectorized:
         of_all = vmap(of_one, in_dims=(None, 0, 0), randomness="different")
 
-        def together(inputs: Inputs, labels: Tensor) -> dict[str, Tensor]:
+        def together(inputs: Inputs, labels: Tensor) -> AdapterTensors:
             # The other kernels of attention know of no further batch dimension.
             with sdpa_kernel(SDPBackend.MATH):
                 try:
@@ -133,9 +140,9 @@ def _gradients(
 
         return together
 
-    def one_by_one(inputs: Inputs, labels: Tensor) -> dict[str, Tensor]:
+    def one_by_one(inputs: Inputs, labels: Tensor) -> AdapterTensors:
         rows = [of_one(parameters, image, label) for image, label in zip(_unbind(inputs), labels)]
-        return {name: torch.stack([row[name] for row in rows]) for name in parameters}
+        return {key: torch.stack([row[key] for row in rows]) for key in parameters}
 
     return one_by_one
 

@@ -18,7 +18,7 @@ from .adapters import (
     set_adapter_tensors,
     tensors_of_adapters,
 )
-from .checks import check_constants, check_mergeable
+from .checks import check_fillable, check_mergeable
 from .groups import Granularity
 from .merge import keep_weights, merge_adapters
 from .objectives import Forward, Objective
@@ -79,8 +79,9 @@ def learn_merge_weights(
         `merge_weights`; for adapters of PEFT's own methods `MergeWeights.save_pretrained` writes them into a file.
 
     Raises:
-        ValueError: If an adapter does not exist or is built differently from the first, an option does not exist, the
-            batches are of no use, or the loss is not finite. The model is as before then.
+        ValueError: If an adapter does not exist or is built differently from the first, the adapter to fill has not
+            the classes of their merge, an option does not exist, the batches are of no use, or the loss is not finite.
+            The model is as before then.
 
     Example:
 
@@ -161,10 +162,16 @@ def _merged_adapter(
     model: AdaptedModel, adapters: Sequence[str], adapter_name: str, combination_type: WeightedCombination
 ) -> Iterator[None]:
     """Makes the adapter to be filled unless it exists; takes a new one out again if something fails."""
+    for name in adapters:
+        if getattr(model.peft_config.get(name), "alora_invocation_tokens", None) is not None:
+            raise ValueError(
+                f"Adapter {name!r} has alora_invocation_tokens, which the base model's forward knows nothing of, so "
+                "that no weights can be learned through it; merge with weights of your own."
+            )
     exists = adapter_name in model.peft_config
     if exists:
         check_mergeable(model, adapters, adapter_name)
-        check_constants(model, [adapters[0], adapter_name])
+        check_fillable(model, adapters, adapter_name)
     else:
         merge_adapters(model, adapters, adapter_name=adapter_name, combination_type=combination_type)
     try:

@@ -216,6 +216,8 @@ def merge_into(
         raise ValueError(f"count={count} must be at least 1: the number of adapters that {merged!r} was made of.")
     if function.running_first and first is None:
         raise ValueError(f"combination_type={combination_type!r} needs the first adapter too; give first=.")
+    if adapter == merged:
+        raise ValueError(f"Adapter {merged!r} cannot be merged into itself; name the adapter to take in.")
     adapters = [merged, *([first] if function.running_first else []), adapter]
     check_mergeable(model, adapters)
     arguments = function.running(count)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
+from .adapters import tensor_places
 from .objectives import Forward, Objective, as_objective, classify, inputs_and_labels
+from .state import random_state_kept
 
 
 EVALUATION_BATCHES = 8
@@ -46,8 +48,13 @@ class FunctionalLoss(nn.Module):
 
     def of(self, tensors: Mapping[str, Tensor], batch: Any) -> Tensor:
         """The loss with `tensors`, by their names in the base model, instead of the model's own."""
-        named = {f"base.{name}": tensor for name, tensor in tensors.items()}
-        loss = functional_call(self, named, (send_to_device(batch, self._device),))
+        places = tensor_places(self)
+        named = {}
+        for name, tensor in tensors.items():
+            owner, _, own_name = name.rpartition(".")
+            own = getattr(self.base.get_submodule(owner), own_name)
+            named |= dict.fromkeys(places[id(own)], tensor)
+        loss = functional_call(self, named, (send_to_device(batch, self._device),), tie_weights=False)
         if loss.dim() != 0:
             raise ValueError(f"The objective must return a scalar, got a tensor of shape {tuple(loss.shape)}.")
         return loss
@@ -136,7 +143,8 @@ def _mean_loss(loss_of: Callable[[Any], Tensor], batches: Sequence[Any]) -> floa
 @contextmanager
 def seeded(module: nn.Module, seed: int) -> Iterator[None]:
     """Draws by `seed` for a while, on the CPU and the module's devices; afterwards the random state is what it was."""
-    devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(seed)
+    with random_state_kept(module) as generators:
+        # Not `torch.manual_seed`, which seeds other devices too, that are not put back.
+        for generator in generators:
+            generator.manual_seed(seed)
         yield

@@ -165,7 +165,7 @@ def _combine_differences(
             total = join([prune(key, place, tensor) for place, tensor in enumerate(tensors)], weights)
         else:
             total = join_whole(tensors, weights)
-        merged[key] = total if origin is None else origin + total
+        merged[key] = (total if origin is None else origin + total).to(adapters[0][key].dtype)
     return merged
 
 

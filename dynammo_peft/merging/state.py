@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
 
 from .adapters import AdaptedModel, adapter_layers
 
@@ -14,6 +16,14 @@ from .adapters import AdaptedModel, adapter_layers
 def tuner_of(model: AdaptedModel) -> BaseTuner:
     """The tuner inside a model with adapters."""
     return model if isinstance(model, BaseTuner) else model.base_model
+
+
+@contextmanager
+def random_state_kept(module: nn.Module) -> Iterator[list[torch.Generator]]:
+    """The random state of the CPU and the module's devices is afterwards what it was; yields their generators."""
+    devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        yield [torch.default_generator, *(torch.cuda.default_generators[device.index] for device in devices)]
 
 
 @contextmanager

@@ -54,7 +54,8 @@ def weighted_sum(
         weights = weights / weights.abs().clamp(min=ROOT_THRESHOLD).sqrt()
         # The sign must be on one side only.
         weights = weights if slot.kind == "factor_a" else weights.abs()
-    weights = weights.to(stacked.dtype)
+    # Of a model on several devices each layer has its own.
+    weights = weights.to(stacked)
     side_by_side = combination_type == "cat" and slot.kind in ("factor_a", "factor_b")
     if weights.dim() == 1 and not side_by_side:
         return torch.tensordot(weights, stacked, dims=1)

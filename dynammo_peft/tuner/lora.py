@@ -106,7 +106,7 @@ class DynammoLoraModel(HeadTuner, LoraModel):
         adapters: list[str],
         weights: Optional[Union[list[float], MergeWeights]] = None,
         adapter_name: str = "merged",
-        combination_type: str = "cat",
+        combination_type: Optional[str] = None,
         **options: Any,
     ) -> None:
         """
@@ -119,16 +119,19 @@ class DynammoLoraModel(HeadTuner, LoraModel):
             weights (`Union[list[float], MergeWeights]`, *optional*):
                 A weight for each, 1 / T if `None`; or learned ones.
             adapter_name (`str`): Name of the new adapter, defaults to `"merged"`.
-            combination_type (`str`):
-                `"cat"`: the weighted sum of what the adapters add to the base weights, exactly; the rank grows with
-                the number of adapters, and is gone once folded. Or a key of [`~dynammo_peft.merging.COMBINATIONS`],
-                which combine the factors and are an approximation only.
+            combination_type (`str`, *optional*):
+                That of learned weights, or `"cat"`, if `None`. `"cat"`: the weighted sum of what the adapters add to
+                the base weights, exactly; the rank grows with the number of adapters, and is gone once folded. Or a
+                key of [`~dynammo_peft.merging.COMBINATIONS`], which combine the factors and are an approximation
+                only.
             options: Options of that function, as `density` of `"ties"`.
 
         Raises:
             ValueError: If an adapter does not exist, is named twice or is built differently from the first, weights
                 are unusable, or the combination type or an option does not exist.
         """
+        if combination_type is None:
+            combination_type = weights.combination_type if isinstance(weights, MergeWeights) else "cat"
         merge_adapters(self, adapters, weights, adapter_name, combination_type, **options)
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:

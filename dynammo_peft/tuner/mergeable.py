@@ -98,6 +98,22 @@ class MergeableTuner(BaseTuner):
         if twice is not None and self.peft_config[twice].classes is not None:
             raise ValueError(f"Adapter {twice!r} is named twice; name each adapter with a head once.")
 
+    def check_heads(self, adapters: list[str], merged: str) -> None:
+        """Raises a `ValueError` unless an adapter has the heads that `create_merged_adapter` would give it.
+
+        Args:
+            adapters (`list[str]`): Names of the adapters that are merged.
+            merged (`str`): Name of the adapter that exists.
+        """
+        expected = self._merged_config(adapters[0], [heads for heads, _ in self._merged_heads(adapters)]).class_names
+        found = self.peft_config[merged].class_names
+        if found != expected:
+            raise ValueError(
+                f"Adapter {merged!r} has the classes {', '.join(found) or 'none'}, but the merge of "
+                f"{', '.join(adapters)} has {', '.join(expected) or 'none'}. Merge them anew by `merge_adapters`, "
+                "delete it, or choose another adapter_name."
+            )
+
     def _merged_heads(self, adapters: list[str]) -> list[tuple[list[list[str]], list[int]]]:
         """Of each adapter the heads of classes that no earlier one has, and their columns."""
         parts, known = [], []
