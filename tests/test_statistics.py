@@ -363,3 +363,34 @@ def test_no_class_has_no_samples():
     statistics = ClassStatistics()
     statistics.update(*drawn())
     assert statistics.sample([], 7).shape == (0, 7, 5)
+
+
+@pytest.mark.parametrize("covariance", ["shared", "class"])
+def test_a_low_rank_covariance_holds_no_image(covariance):
+    # More directions than images: all fit.
+    features, labels = drawn(count=12, features=20)
+    statistics = ClassStatistics(covariance, rank=16)
+    statistics.update(features, labels)
+    exact = ClassStatistics(covariance)
+    exact.update(features, labels)
+    torch.testing.assert_close(statistics.pooled_covariance(), exact.pooled_covariance())
+    state = statistics.state()
+    kept = torch.cat([tensor for name, tensor in state.items() if name.endswith("factor")])
+    for mean in state["means"]:
+        assert torch.cdist(features.double(), mean + kept).min() > 0.1
+        assert torch.cdist(features.double(), mean - kept).min() > 0.1
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("covariance", ["shared", "class"])
+def test_a_state_stays_what_it_was(covariance, rank):
+    features, labels = drawn()
+    statistics = ClassStatistics(covariance, rank)
+    statistics.update(features, labels)
+    state = statistics.state()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    copy = ClassStatistics(covariance, rank)
+    copy.restore(state)
+    statistics.update(10 * features, labels)
+    copy.update(100 * features, labels)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())

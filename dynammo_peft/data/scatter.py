@@ -23,11 +23,12 @@ class Scatter:
 
     def add(self, rows: Tensor) -> None:
         """Adds deviations, `(N, C)`."""
-        self.matrix += rows.T @ rows
+        # Not in place: a state that was taken before stays what it was.
+        self.matrix = self.matrix + rows.T @ rows
 
     def add_scatter(self, other: Scatter) -> None:
         """Adds another sum of the same kind."""
-        self.matrix += other.matrix
+        self.matrix = self.matrix + other.matrix
 
     def move(self, affine_map: AffineMap, count: int) -> None:
         """Moves it into another feature space; each of `count` features brings the map's error with it."""
@@ -56,12 +57,11 @@ class LowRankScatter:
 
     def add(self, rows: Tensor) -> None:
         """Adds deviations, `(N, C)`; what falls outside the leading directions goes to the diagonal."""
-        stacked = torch.cat([self.factor, rows])
-        if len(stacked) > self.rank:
-            _, values, vectors = torch.linalg.svd(stacked, full_matrices=False)
-            stacked = values[:, None] * vectors
-            self.diagonal = self.diagonal + stacked[self.rank :].square().sum(dim=0)
-        self.factor = stacked[: self.rank]
+        # Also where all fit: what is kept are directions of all images, and not the features of each.
+        _, values, vectors = torch.linalg.svd(torch.cat([self.factor, rows]), full_matrices=False)
+        directions = values[:, None] * vectors
+        self.diagonal = self.diagonal + directions[self.rank :].square().sum(dim=0)
+        self.factor = directions[: self.rank]
 
     def add_scatter(self, other: LowRankScatter) -> None:
         """Adds another sum of the same kind."""

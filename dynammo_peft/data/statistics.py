@@ -28,6 +28,8 @@ class ClassStatistics:
     """
     Number, mean and covariance of the features of each class; nothing of a single image is kept.
 
+    But the mean of a class of one image is that image's features.
+
     Updates are exact in any number of parts and in any order (Chan, Golub & LeVeque 1979), in `float64` on the CPU.
 
     Args:
