@@ -346,3 +346,16 @@ def test_a_method_that_has_learned_nothing_has_no_state(tmp_path):
     method = Dynammo(model, DynammoArguments())
     with pytest.raises(ValueError, match="has no adapter 'task_001'"):
         method.restore({"adapters": ["task_000", "task_001"], "exemplar_rows": []}, {})
+
+
+def test_what_is_scored_first_is_what_was_published(tmp_path):
+    acl = ACL(tiny_model("vit"), AdapterMethodArguments(memory_size=12, adapter_epochs=1))
+    for name, method in (("dynammo", dynammo()), ("acl", acl)):
+        fit(method, scenario(2))
+        images = tiny_images("vit", 6)
+        with torch.no_grad():
+            expected = method.logits(images)
+            published(method, tmp_path / name)
+            found = load_method(tmp_path / name / "repo")
+            assert found.model.active_adapter == method.inference_adapters[-1]
+            assert torch.equal(found.logits(images), expected)

@@ -119,6 +119,8 @@ def load_method(
     exemplars = _read_tensors(source, EXEMPLARS, where, required=False)
     if exemplars:
         method.memory.restore(LabelledImages(**exemplars))
+    # As a resumed run has it: what is scored before the next task is what was published.
+    method.model.set_adapter(method.inference_adapters[-1], inference_mode=True)
     return method
 
 
