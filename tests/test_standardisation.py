@@ -58,6 +58,15 @@ def test_features_that_do_not_vary_keep_their_scale(images):
     assert torch.equal(standardisation(torch.full((2, 4), 9.0)), torch.full((2, 4), 2.0))
 
 
+def test_features_that_vary_by_rounding_keep_their_scale():
+    features = torch.full((64, 4), 7.0)
+    features[-1] += 1e-6
+    assert (features[-1] != features[0]).all()
+    assert Standardisation.of(features).scale == 1
+    # But small ones that do vary do not.
+    assert Standardisation.of(1e-6 * torch.arange(8.0)[:, None]).scale < 1e-5
+
+
 @pytest.mark.parametrize("further", [0, 3])
 def test_a_folded_head_computes_the_same(further):
     torch.manual_seed(0)

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 
 
+# Of the mean square of features, what their variance must be to be more than rounding in single precision.
+VARIES = 1e-10
+
+
 @dataclass(frozen=True)
 class Standardisation:
     """
@@ -29,7 +33,9 @@ class Standardisation:
     def of(cls, features: Tensor) -> Standardisation:
         """That of features `(N, C)`; features that do not vary keep their scale."""
         variance = features.var(dim=0, correction=0).mean()
-        return cls(features.mean(dim=0), torch.where(variance > 0, variance.sqrt(), 1.0))
+        # Those of one image differ from batch to batch by rounding.
+        varies = variance > VARIES * features.square().mean()
+        return cls(features.mean(dim=0), torch.where(varies, variance.sqrt(), 1.0))
 
     def __call__(self, features: Tensor) -> Tensor:
         """Standardises the first columns of features, `(B, C)` or wider; further ones stay as they are."""
