@@ -3,8 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_images, tiny_model
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from tiny import tiny_images, tiny_language_model, tiny_model, token_cross_entropy
+from transformers import BertConfig, BertForSequenceClassification
 
 from dynammo_peft import DynammoConfig
 from dynammo_peft.merging import adapter_tensors, diagonal_fisher, input_grams, merge_adapters
@@ -238,26 +238,20 @@ def test_grams_of_text():
 
 
 def test_fisher_of_a_tensor_that_layers_share():
-    torch.manual_seed(0)
-    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=8, vocab_size=11, bos_token_id=1, eos_token_id=2)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], trainable_token_indices=[3, 4], r=2)
-    model = get_peft_model(GPT2LMHeadModel(config), lora, "a").eval()
+    model = get_peft_model(tiny_language_model(), lora, "a").eval()
     tokens = torch.tensor([[3, 5, 4, 7], [4, 4, 3, 9]])
-
-    def loss(logits, labels):
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
     batches = [{"input_ids": tokens, "labels": tokens}]
-    before = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
-    found = diagonal_fisher(model, "a", batches, loss, vectorized=False)
-    after = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    before = dict(model.named_parameters(remove_duplicate=False))
+    found = diagonal_fisher(model, "a", batches, token_cross_entropy, vectorized=False)
+    after = dict(model.named_parameters(remove_duplicate=False))
     assert list(before) == list(after) and all(before[name] is after[name] for name in before)
     # Through the embeddings and the tied layer behind the last block together.
     parameters = adapter_tensors(model, "a")
     (shared,) = [key for key in parameters if "trainable_tokens" in key]
     rows = []
     for row in tokens:
-        value = loss(model(input_ids=row[None]).logits, row[None])
+        value = token_cross_entropy(model(input_ids=row[None]).logits, row[None])
         rows.append(torch.autograd.grad(value, list(parameters.values())))
     assert_same(found, {key: sum(row[i].double() ** 2 for row in rows) / 2 for i, key in enumerate(parameters)})
     assert found[shared].max() > 0

@@ -10,9 +10,8 @@ import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from tiny import tiny_images, tiny_model
+from tiny import tiny_images, tiny_language_model, tiny_model, token_cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from dynammo_peft import DynammoConfig
 from dynammo_peft.merging import MergeWeights, gaussian_likelihood, learn_merge_weights, merge_adapters
@@ -964,10 +963,8 @@ def test_folded_adapters_are_refused():
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_tensor_that_layers_share_has_one_weight(granularity):
-    torch.manual_seed(0)
-    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=8, vocab_size=11, bos_token_id=1, eos_token_id=2)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], trainable_token_indices=[3, 4], r=2)
-    model = get_peft_model(GPT2LMHeadModel(config), lora, TASKS[0])
+    model = get_peft_model(tiny_language_model(), lora, TASKS[0]).eval()
     model.add_adapter(TASKS[1], lora)
     with torch.no_grad():
         for name in TASKS[:2]:
@@ -975,16 +972,14 @@ def test_a_tensor_that_layers_share_has_one_weight(granularity):
                 tensor.normal_()
     assert len([key for key in adapter_slots(model, TASKS[0]) if "trainable_tokens" in key]) == 1
     tokens = torch.tensor([[3, 5, 4, 7], [4, 4, 3, 9]])
-
-    def loss(logits, labels):
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
     batches = [{"input_ids": tokens, "labels": tokens}]
-    weights = learn_merge_weights(model, TASKS[:2], batches, granularity=granularity, objective=loss, progress=False)
+    options = {"granularity": granularity, "objective": token_cross_entropy, "progress": False}
+    weights = learn_merge_weights(model, TASKS[:2], batches, **options)
     assert weights.loss_after < weights.loss_before
-    model.eval().set_adapter("merged")
+    model.set_adapter("merged")
     with torch.no_grad():
-        assert loss(model(input_ids=tokens).logits, tokens).item() == pytest.approx(weights.loss_after, rel=1e-5)
+        found = token_cross_entropy(model(input_ids=tokens).logits, tokens).item()
+    assert found == pytest.approx(weights.loss_after, rel=1e-5)
 
 
 def test_an_adapter_of_other_classes_is_not_filled():
@@ -1012,8 +1007,7 @@ def test_an_adapter_that_is_built_otherwise_is_not_filled():
 
 def test_nothing_is_learned_past_what_the_base_model_does():
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], alora_invocation_tokens=[5])
-    base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=11, bos_token_id=1, eos_token_id=2))
-    model = get_peft_model(base, config, TASKS[0])
+    model = get_peft_model(tiny_language_model(), config, TASKS[0])
     with pytest.raises(ValueError, match="'task_000' has alora_invocation_tokens, which the base model's"):
         learn_merge_weights(model, TASKS[:1], [torch.zeros(1, 3).long()], progress=False)
     assert list(model.peft_config) == TASKS[:1]

@@ -374,6 +374,7 @@ def test_merging_into_an_adapter_leaves_the_rest_as_it_was(active):
     ("arguments", "message"),
     [
         (("merged", "task_002", 2), "'task_002' does not exist"),
+        (("merged", "merged", 1), "'merged' cannot be merged into itself; name the adapter to take in"),
         (("merged", "task_001", 0), "count=0 must be at least 1"),
         (("merged", "task_001", 1, "regmean"), "combination_type='regmean' needs all adapters at once"),
         (("merged", "task_001", 1, "mean"), "combination_type='mean' needs all adapters at once"),

@@ -488,3 +488,10 @@ def test_whole_numbers_are_weights_too():
     adapters = random_adapters(2)
     assert_same(linear(adapters, torch.tensor([1, -1])), linear(adapters, torch.tensor([1.0, -1.0])))
     assert_same(uniform(adapters, torch.tensor([1, 1])), uniform(adapters, torch.ones(2)))
+
+
+@pytest.mark.parametrize("name", ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "uniform"])
+def test_merged_tensors_have_the_precision_of_the_adapters(name):
+    adapters = [{"w": torch.randn(4, 4, dtype=torch.float16)} for _ in range(2)]
+    options = {} if name in ("linear", "uniform") else {"density": 0.5}
+    assert COMBINATIONS[name](adapters, torch.full((2,), 0.5), **options)["w"].dtype is torch.float16

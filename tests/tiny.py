@@ -13,6 +13,8 @@ from transformers import (
     ConvNextV2Config,
     DeiTConfig,
     Dinov2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
     ResNetConfig,
     SwinConfig,
     ViTConfig,
@@ -64,6 +66,18 @@ def tiny_model(name, seed=0):
     """A classifier of the architecture with random weights, in evaluation mode; the same for the same seed."""
     torch.manual_seed(seed)
     return AutoModelForImageClassification.from_config(copy.deepcopy(CONFIGS[name][0])).eval()
+
+
+def tiny_language_model():
+    """A GPT-2 with random weights, whose embeddings and last layer are tied; in evaluation mode."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=8, vocab_size=11, bos_token_id=1, eos_token_id=2)
+    return GPT2LMHeadModel(config).eval()
+
+
+def token_cross_entropy(logits, labels):
+    """Of logits `(B, L, N)` and tokens `(B, L)`."""
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def tiny_images(name, count=2, seed=1):

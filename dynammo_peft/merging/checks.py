@@ -98,7 +98,7 @@ def check_fillable(model: AdaptedModel, adapters: Sequence[str], adapter_name: s
     if hasattr(tuner, "check_heads"):
         tuner.check_heads(adapters, adapter_name)
     else:
-        # LoRA of another rank has other shapes, if they do not fit.
+        # Not the rank: side by side it is another one, and shapes are compared anyway.
         _check_configs(model, [adapters[0], adapter_name], ignored={"r"})
     check_constants(model, [adapters[0], adapter_name])
 
