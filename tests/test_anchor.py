@@ -53,6 +53,19 @@ def test_fewer_classes_say_less_of_all():
         fit_correction(features, features[:5], torch.zeros(len(features)))
 
 
+def test_two_views_of_one_image_say_little_of_other_classes():
+    views = torch.ones(2, 4).double() + 0.001 * drawn(2, 4)
+    errors = 0.1 * drawn(2, 4, seed=1)
+    away = torch.full((4,), 5.0).double()
+
+    def corrected(**options):
+        correction = fit_correction(views, errors, torch.zeros(2), **options)
+        return (away @ correction[:-1] + correction[-1]).norm()
+
+    assert corrected() > 5
+    assert corrected(variances=torch.ones(4)) < 0.2
+
+
 def anchored(count):
     """An anchor, and a method that has merged `count` adapters."""
     method = Dynammo(tiny_model("vit"), arguments(memory_size=0))
@@ -105,6 +118,24 @@ def test_old_classes_take_their_share_of_what_was_wrong():
     assert torch.equal(merged.means[3], before[3])
     identity = torch.cat([torch.eye(3), torch.zeros(1, 3)])
     torch.testing.assert_close(anchor.path, identity + correction.float(), atol=1e-3, rtol=1e-3)
+
+
+def test_a_task_of_one_image_leaves_old_classes_where_they_are():
+    method, anchor = anchored(3)
+    method.statistics, method.anchor, method.views = ClassStatistics(), anchor, 2
+    features, labels = many_classes(classes=4)
+    for statistics in (anchor.statistics, method.statistics):
+        statistics.update(features, labels)
+    anchor.tasks = dict.fromkeys(range(4), 1)
+    anchor.path = torch.cat([torch.eye(4), torch.zeros(1, 4)])
+    before = method.statistics.mean_matrix()
+    # Its two views are all but the same, and go where they go by a tenth of what features vary by.
+    views, moves = 1 + 0.001 * drawn(2, 1, 4, seed=7), 0.1 * drawn(2, 2, 1, 4, seed=8)
+    anchor.correct(method.statistics, views.float(), (views + moves[0]).float(), torch.tensor([4]))
+    assert 0 < (method.statistics.mean_matrix() - before).norm(dim=1).max() < 0.5
+    before = method.statistics.mean_matrix()
+    method._move_statistics(views, views + moves[1], torch.tensor([4]))
+    assert 0 < (method.statistics.mean_matrix() - before).norm(dim=1).max() < 0.5
 
 
 def off_the_path(places, new, deviation, times=1):

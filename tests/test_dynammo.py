@@ -234,7 +234,9 @@ def test_statistics_follow_the_merge_by_the_fitted_map(scenario, heads, memory_s
 
     # Ridge regression to the identity, as an ordinary one with rows that ask for the identity.
     centred, target = before - before.mean(dim=0), after - after.mean(dim=0)
-    stay = torch.diag((0.5 * centred.square().sum(dim=0)).sqrt())
+    # Each feature counts by what it varies by in these images or, if that is more, within the classes known before.
+    variances = torch.maximum(centred.square().mean(dim=0), old.pooled_covariance().diagonal())
+    stay = torch.diag((0.5 * len(before) * variances).sqrt())
     weight = torch.linalg.lstsq(torch.cat([centred, stay]), torch.cat([target, stay])).solution
     errors = target - centred @ weight
     residual = errors.T @ errors / len(errors)

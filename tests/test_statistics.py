@@ -160,6 +160,33 @@ def test_the_ridge_is_a_pull_to_the_identity():
     torch.testing.assert_close(fit_affine_map(before, after, 1e9).weight, torch.eye(4).double(), atol=1e-6, rtol=0)
 
 
+def test_images_that_vary_by_less_than_others_do_pull_no_less():
+    generator = torch.Generator().manual_seed(16)
+    before = torch.randn(8, 4, generator=generator).double() * torch.tensor([0.1, 1.0, 3.0, 30.0])
+    after = before @ torch.randn(4, 4, generator=generator).double() + 1
+    of_others = torch.tensor([9.0, 0.01, 100.0, 1.0]).double()
+    centred, target = before - before.mean(dim=0), after - after.mean(dim=0)
+    stay = torch.diag((0.7 * 8 * torch.maximum(centred.square().mean(dim=0), of_others)).sqrt())
+    expected = torch.linalg.lstsq(torch.cat([centred, stay]), torch.cat([target, stay])).solution
+    torch.testing.assert_close(fit_affine_map(before, after, 0.7, of_others).weight, expected)
+    # Two views of one image, which change by next to nothing, do not say that all moves by a hundred times that.
+    before = torch.ones(2, 4).double() + 0.001 * torch.randn(2, 4, generator=generator).double()
+    after = before + 0.1 * torch.randn(2, 4, generator=generator).double()
+    away = torch.full((1, 4), 5.0).double()
+    assert (fit_affine_map(before, after)(away) - away).norm() > 10
+    assert (fit_affine_map(before, after, variances=torch.ones(4))(away) - away).norm() < 0.5
+
+
+def test_a_ridge_is_chosen_in_the_units_it_is_used_in():
+    before, after, labels = drifting_classes(0, 6, change=0.3, noise=0.0)
+    # As if other classes varied a thousand times as much: nothing is left of the images' own say.
+    assert choose_ridge(before, after, labels, variances=torch.full((12,), 1e6)) == min(RIDGES)
+    before, after, labels = drifting_classes(1, 4, change=0.1, noise=0.3)
+    variances = 4 * before.var(dim=0, correction=0)
+    chosen = choose_ridge(before, after, labels, candidates=(0.25, 2.5), variances=variances)
+    assert 4 * chosen == choose_ridge(before, after, labels, candidates=(1.0, 10.0))
+
+
 def test_the_scale_of_a_feature_does_not_matter():
     generator = torch.Generator().manual_seed(6)
     before, after = torch.randn(2, 40, 3, generator=generator).double()
@@ -318,6 +345,7 @@ def test_several_views_of_an_image_count_as_one(options):
         (lambda: fit_affine_map(torch.ones(3, 2), torch.ones(2, 2)), ["(3, 2)", "(2, 2)"]),
         (lambda: fit_affine_map(torch.ones(0, 2), torch.ones(0, 2)), ["(0, 2)"]),
         (lambda: fit_affine_map(torch.ones(3, 2), torch.ones(3, 2), -1), ["ridge=-1"]),
+        (lambda: fit_affine_map(torch.ones(3, 2), torch.ones(3, 2), 1, torch.ones(3)), ["2 variances", "(3,)"]),
         (lambda: choose_ridge(torch.ones(3, 2), torch.ones(2, 2), torch.zeros(3)), ["(3, 2)", "(2, 2)"]),
     ],
 )

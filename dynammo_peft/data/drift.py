@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -32,29 +33,33 @@ class AffineMap:
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
-def fit_affine_map(before: Tensor, after: Tensor, ridge: float = 1.0) -> AffineMap:
+def fit_affine_map(before: Tensor, after: Tensor, ridge: float = 1.0, variances: Optional[Tensor] = None) -> AffineMap:
     """The affine map that takes the features of images to those of the same images under another model.
 
     Ridge regression towards the identity: `min |X A - Y|^2 + ridge * sum_i v_i |A_i - 1_i|^2` for centred features,
     with `v_i` the sum of squares of feature `i` before and `A_i` a row. A merge moves features by little, a task's
-    images span only some directions of the features of all classes, and layers differ in scale.
+    images span only some directions of the features of all classes, and layers differ in scale. A few images that are
+    all alike say little of how far a feature varies; `variances`, if known, say it better.
 
     Args:
         before (`Tensor`): Features under the old model, `(N, C)`.
         after (`Tensor`): Features of the same images under the new model, `(N, C)`.
         ridge (`float`): Strength of the pull to the identity; see [`choose_ridge`].
+        variances (`Optional[Tensor]`): Of each feature before, within classes, `(C,)`: the least of which `v_i` is
+            made, where these images vary by less.
 
     Returns:
         `AffineMap`: The map, on the CPU.
 
     Raises:
-        ValueError: If the two are not of the same images, there are none, or `ridge` is negative.
+        ValueError: If the two are not of the same images, there are none, `variances` are of other features, or
+            `ridge` is negative.
     """
-    _check_pairs(before, after)
+    _check_pairs(before, after, variances)
     if ridge < 0:
         raise ValueError(f"ridge={ridge} must not be negative.")
     before, after = before.double().cpu(), after.double().cpu()
-    fit = _Regression(before, after, _variances(before))
+    fit = _Regression(before, after, _variances(before, variances))
     weight = fit.to_features(torch.linalg.solve(fit.system(ridge), fit.change))
     weight.diagonal().add_(1)
     errors = fit.after - fit.mean_after - fit.centred @ weight
@@ -62,7 +67,12 @@ def fit_affine_map(before: Tensor, after: Tensor, ridge: float = 1.0) -> AffineM
 
 
 def choose_ridge(
-    before: Tensor, after: Tensor, labels: Tensor, candidates: Sequence[float] = RIDGES, folds: int = 5
+    before: Tensor,
+    after: Tensor,
+    labels: Tensor,
+    candidates: Sequence[float] = RIDGES,
+    folds: int = 5,
+    variances: Optional[Tensor] = None,
 ) -> float:
     """The strength with which maps fitted on some classes best predict where the means of the others go.
 
@@ -75,19 +85,20 @@ def choose_ridge(
         labels (`Tensor`): Class of each image, `(N,)`.
         candidates (`Sequence[float]`): Strengths to choose from.
         folds (`int`): In how many parts the classes are left out, at most.
+        variances (`Optional[Tensor]`): As of `fit_affine_map`.
 
     Returns:
         `float`: The strength; 1 if there is one class only, which cannot tell.
 
     Raises:
-        ValueError: If the features are not of the same images, or there are none.
+        ValueError: If the features are not of the same images, there are none, or `variances` are of other features.
     """
-    _check_pairs(before, after)
+    _check_pairs(before, after, variances)
     before, after, labels = before.double().cpu(), after.double().cpu(), labels.cpu()
     classes = labels.unique()
     if len(classes) == 1:
         return 1.0
-    variances = _variances(before)
+    variances = _variances(before, variances)
     # Each feature's own spread; of one that was silent before, which would be all that counts, a part of that after.
     units = torch.maximum(variances, _variances(after) / 10)
     errors = torch.zeros(len(candidates), dtype=torch.float64)
@@ -104,7 +115,9 @@ def choose_ridge(
     return candidates[int(errors.argmin())]
 
 
-def fit_correction(features: Tensor, errors: Tensor, labels: Tensor, ridge: float = 10.0) -> Tensor:
+def fit_correction(
+    features: Tensor, errors: Tensor, labels: Tensor, ridge: float = 10.0, variances: Optional[Tensor] = None
+) -> Tensor:
     """The affine map that says of features by how much something else about their images was expected wrongly.
 
     Ridge regression towards no error. Of the mean error a share of `n / (n + 2)` is taken to be common to all classes,
@@ -115,16 +128,18 @@ def fit_correction(features: Tensor, errors: Tensor, labels: Tensor, ridge: floa
         errors (`Tensor`): What was found less what was expected of the same images, `(N, C)`.
         labels (`Tensor`): Class of each image, `(N,)`.
         ridge (`float`): Strength of the pull to no error, in units of each feature's variance.
+        variances (`Optional[Tensor]`): As of `fit_affine_map`: the least of these units.
 
     Returns:
         `Tensor`: `(C + 1, C)`, `float64`, in the last row what is added.
 
     Raises:
-        ValueError: If features and errors are not of the same images, or there are none.
+        ValueError: If features and errors are not of the same images, there are none, or `variances` are of other
+            features.
     """
-    _check_pairs(features, errors)
+    _check_pairs(features, errors, variances)
     features, errors = features.double().cpu(), errors.double().cpu()
-    fit = _Regression(features, features + errors, _variances(features))
+    fit = _Regression(features, features + errors, _variances(features, variances))
     weight = fit.to_features(torch.linalg.solve(fit.system(ridge), fit.change))
     classes = len(labels.unique())
     common = classes / (classes + 2) * errors.mean(dim=0)
@@ -163,15 +178,19 @@ class _Regression:
         return (self.scaled.T @ solution if self.dual else solution) / self.scales[:, None]
 
 
-def _variances(features: Tensor) -> Tensor:
-    """Variance of each feature, `(C,)`, never quite zero."""
+def _variances(features: Tensor, least: Optional[Tensor] = None) -> Tensor:
+    """Variance of each feature, `(C,)`, never quite zero, and at least what is said."""
     variances = features.var(dim=0, correction=0)
+    if least is not None:
+        variances = torch.maximum(variances, least.to(variances))
     return variances + 1e-12 * variances.sum() + torch.finfo(features.dtype).tiny
 
 
-def _check_pairs(before: Tensor, after: Tensor) -> None:
+def _check_pairs(before: Tensor, after: Tensor, variances: Optional[Tensor] = None) -> None:
     if before.shape != after.shape or len(before) == 0:
         raise ValueError(
             f"Features before and after must be those of the same images, got {tuple(before.shape)} and "
             f"{tuple(after.shape)}."
         )
+    if variances is not None and variances.shape != before.shape[1:]:
+        raise ValueError(f"There must be {before.shape[1]} variances, one a feature, got {tuple(variances.shape)}.")

@@ -130,9 +130,11 @@ class Anchor:
             # The merge of one adapter is that adapter.
             return
         errors = found - self.moved(first)
-        correction = fit_correction(first.flatten(0, 1), errors.flatten(0, 1), labels.repeat(len(first)))
-        old, new = self._means(), class_means(first, labels)
         variances = self.statistics.pooled_covariance().diagonal()
+        correction = fit_correction(
+            first.flatten(0, 1), errors.flatten(0, 1), labels.repeat(len(first)), variances=variances
+        )
+        old, new = self._means(), class_means(first, labels)
         near = nearness(torch.cat([old, new]), variances)
         to_old, to_new = near[:, : len(old)], near[:, len(old) :]
         off_path = torch.stack([merged.means[label] for label in self.statistics.classes]) - self.moved(old)

@@ -195,8 +195,11 @@ class Dynammo(TwoStageMethod):
     def _move_statistics(self, before: Tensor, after: Tensor, labels: Tensor) -> None:
         """Moves the class statistics along with the features of the images at hand, `(V, N, C)`."""
         before, after, labels = before.flatten(0, 1), after.flatten(0, 1), labels.repeat(self.views)
+        variances = self.statistics.pooled_covariance().diagonal()
         ridge = self.arguments.drift_ridge
-        step = fit_affine_map(before, after, choose_ridge(before, after, labels) if ridge is None else ridge)
+        if ridge is None:
+            ridge = choose_ridge(before, after, labels, variances=variances)
+        step = fit_affine_map(before, after, ridge, variances)
         self.statistics.move(step)
         if self.anchor is not None:
             self.anchor.follow(step)
