@@ -1,6 +1,7 @@
 """Saving: the base model as it is now, adapters by name, all or nothing."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -46,6 +47,27 @@ def test_only_the_named_adapters_are_saved_and_load_again(tmp_path):
     assert config["base_model_name_or_path"] == str(tmp_path / "out" / "backbone")
     assert config["classes"] == [["a", "b"], ["c"]]
     assert config["feature_modules"] == [f"encoder.stages.{stage}" for stage in range(3)]
+
+
+@pytest.mark.parametrize("config_cls", [DynammoConfig, DynammoLoraConfig])
+def test_who_saves_an_adapter_without_the_backbone_that_was_trained_is_told(config_cls, tmp_path):
+    model = get_peft_model(tiny_model("vit"), config_cls(classes=["a", "b"]), "task_000")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+    model.set_backbone_requires_grad(True)
+    model.set_backbone_requires_grad(False)
+    # Those that come later are of the same backbone.
+    model.add_adapter("task_001", config_cls(classes=["c"]))
+    model.add_weighted_adapter(["task_000", "task_001"])
+    for name in ("task_000", "task_001", "merged"):
+        with pytest.warns(UserWarning, match="The backbone was trained, and the adapter .*form='standalone'"):
+            model.save_pretrained(tmp_path, selected_adapters=[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_model(model, tmp_path / "whole", ["merged"], save_backbone=True)
+        # Who names that folder as the base model loads the right one.
+        model.save_pretrained(tmp_path, selected_adapters=["merged"])
 
 
 def test_a_relative_path_of_the_base_model_is_made_absolute(tmp_path, monkeypatch):

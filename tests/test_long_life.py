@@ -1,6 +1,7 @@
 """Many tasks: old adapters on the disk, merges as tasks come, and work that does not grow."""
 
 import sys
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -74,6 +75,7 @@ LORA = {"r": 2, "feature_modules": []}
         ({"feature_distillation": 1.0, "exemplars_as_others": True}, False),
         ({"merge": "linear"}, False),
         ({"merge_options": {"first_share": 0.2}, "memory_size": 0}, False),
+        ({"train_backbone": True}, False),
         ({}, True),
         ({"merge": "uniform"}, True),
     ],
@@ -91,7 +93,10 @@ def test_adapters_on_the_disk_change_nothing(options, lora, tmp_path):
         assert results.predictions == predictions[task.index]
         assert list(offloaded.model.peft_config) == list(dict.fromkeys(["task_000", "merged", offloaded.adapters[-1]]))
 
-    results = fit(offloaded, scenario(), check)
+    with warnings.catch_warnings():
+        # Not of a folder that belongs to the model.
+        warnings.filterwarnings("error", message="The backbone was trained")
+        results = fit(offloaded, scenario(), check)
     assert results.metrics() == expected.metrics()
     assert_close(tensors(offloaded.model), tensors(kept.model), 1e-5 if options.get("feature_distillation") else 1e-6)
     for name in ("adapters", "groups", "class_names", "head_sizes", "inference_adapters", "exemplar_rows"):

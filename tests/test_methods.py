@@ -468,6 +468,7 @@ def test_training_the_backbone_in_the_first_task_only(scenario):
     assert changed(before, after[0]) == {key for key in before if not key.startswith("classifier.")}
     assert changed(after[0], after[1]) == changed(after[1], after[2]) == set()
     assert trainable == []
+    assert all(config.backbone_trained for config in method.model.peft_config.values())
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])

@@ -1,6 +1,7 @@
 """Publishing: each form comes back the same in a fresh process, and nothing but its files leaves."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from tiny import tiny_images, tiny_model, tiny_processor
 from transformers import AutoModelForImageClassification
 
 from dynammo_peft import DynammoConfig, DynammoLoraConfig
-from dynammo_peft.hub import CardFacts, check_can_push, push_to_hub, save_pretrained
+from dynammo_peft.hub import CardFacts, base_model, check_can_push, push_to_hub, save_pretrained
 from dynammo_peft.hub.publish import publishable_files
 
 
@@ -187,7 +188,14 @@ def test_an_adapter_needs_its_base_model_on_the_hub(hub, base, tmp_path):
         save_pretrained(model, tmp_path / "out", base_model=BASE, base_model_revision="v9")
     assert (tmp_path / "out" / "adapter_config.json").read_bytes() == before
     base_commit = hub.history(BASE)[0].oid
-    model.get_base_model().push_to_hub("tester/trained")
+    model.set_backbone_requires_grad(True)
+    base_model(model).push_to_hub("tester/trained")
+    with warnings.catch_warnings():
+        # A backbone that others can load is not missing.
+        warnings.simplefilter("error")
+        save_pretrained(model, tmp_path / "out", base_model="tester/trained")
+    assert not json.loads((tmp_path / "out" / "adapter_config.json").read_text())["backbone_trained"]
+    assert model.peft_config["merged"].backbone_trained
     save_pretrained(learned(tiny_model("vit")), tmp_path / "out", base_model=BASE, base_model_revision=base_commit)
     save_pretrained(model, tmp_path / "out", "standalone")
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()

@@ -65,7 +65,7 @@ def save_model(
         for name in adapters:
             config = model.peft_config[name]
             if save_backbone:
-                config.base_model_name_or_path = str(target / BACKBONE)
+                config.base_model_name_or_path, config.backbone_trained = str(target / BACKBONE), False
             elif os.path.isdir(base):
                 # A relative path would hold only for who starts from the same folder.
                 config.base_model_name_or_path = os.path.abspath(base)

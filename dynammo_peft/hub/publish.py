@@ -278,6 +278,8 @@ def _write_adapter(
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = copy.deepcopy(model.peft_config[name] if stored is None else stored.configs[name])
     config.base_model_name_or_path, config.revision, config.inference_mode = base_model, revision, True
+    # That repository holds the backbone as it is now, or nothing would be written.
+    config.backbone_trained = False
     base = type(model.get_base_model())
     auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
     config.save_pretrained(folder, auto_mapping_dict=auto_mapping if config.task_type is None else None)

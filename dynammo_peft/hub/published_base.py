@@ -55,16 +55,24 @@ def published_base(
             "folder is a copy of by base_model='owner/name'."
         )
     check_repository("base_model", name)
-    differing, commit = "", None
+    differing, commit, failure = "", None, None
     # The cache knows the commit that was loaded, also if the branch has moved on since.
     for cached in (True, False):
         found = _resolve(name, revision, token, cached)
         if found is None or found == commit:
             continue
-        commit = found
-        differing = _difference(model, _load(model, name, commit, token))
+        commit, failure = found, None
+        try:
+            published = _load(model, name, commit, token)
+        except ValueError as error:
+            # A repository that was just pushed to may be in the cache as it was before, without weights.
+            failure = error
+            continue
+        differing = _difference(model, published)
         if differing is None:
             return name, commit
+    if failure is not None:
+        raise failure
     raise ValueError(
         f"The backbone is not that of {name!r} at revision {commit}: {differing!r} differs, so the adapter would "
         "compute something else there. If the backbone was trained, publish form='standalone'; if it is of another "

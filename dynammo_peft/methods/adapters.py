@@ -46,7 +46,11 @@ class AdapterMethodArguments(MethodArguments):
         },
     )
     train_backbone: bool = field(
-        default=False, metadata={"help": "Train the backbone in the first task too, then freeze it."}
+        default=False,
+        metadata={
+            "help": "Train the backbone in the first task too, then freeze it. It is then no longer the one that was "
+            "loaded: publish the whole model (form='standalone'), since adapters alone are of no use on another."
+        },
     )
     standardise_features: Optional[bool] = field(
         default=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Optional, Union
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..folders import replaced_folder
 from ..merging import adapter_slots, set_adapter_tensors
 from ..tuner import HeadConfig
+from ..tuner.head_config import BACKBONE_TRAINED
 
 
 # How PEFT names the tensors of a `PeftModel`'s base model.
@@ -84,7 +86,10 @@ class AdapterFolder:
 
     def _save(self, model: PeftModel, name: str) -> None:
         with replaced_folder(self.path / name) as partial:
-            model.save_pretrained(partial, selected_adapters=[name], save_embedding_layers=False)
+            with warnings.catch_warnings():
+                # The backbone stays where it is, in the model.
+                warnings.filterwarnings("ignore", message=BACKBONE_TRAINED)
+                model.save_pretrained(partial, selected_adapters=[name], save_embedding_layers=False)
             for file in (partial / name).iterdir():
                 file.rename(partial / file.name)
             (partial / name).rmdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Optional, Union
 
@@ -13,6 +14,8 @@ from .flips import Flip
 
 Scoring = Literal["log_odds", "min_others"]
 Preset = Literal["default", "paper"]
+# What a warning of `HeadConfig.save_pretrained` begins with.
+BACKBONE_TRAINED = "The backbone was trained"
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
@@ -50,6 +53,10 @@ class HeadConfig(PeftConfig):
         merge_weights (`Optional[dict[str, Any]]`):
             With which weights a merged adapter was made, where they were learned: what
             [`~dynammo_peft.merging.MergeWeights.from_dict`] reads. It documents, and changes nothing.
+        backbone_trained (`bool`):
+            Whether the backbone was trained with the first adapter and is saved nowhere yet, so that this adapter
+            computes something else on `base_model_name_or_path`. Noted where it happens; `save_pretrained`, which
+            leaves the backbone out, then warns.
     """
 
     # Adapters that differ in one of these do not fit together.
@@ -88,6 +95,10 @@ class HeadConfig(PeftConfig):
     merge_weights: Optional[dict[str, Any]] = field(
         default=None, metadata={"help": "Learned weights with which a merged adapter was made; only documents."}
     )
+    backbone_trained: bool = field(
+        default=False,
+        metadata={"help": "Whether the backbone was trained and is saved nowhere yet; noted where that happens."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,6 +113,17 @@ class HeadConfig(PeftConfig):
             if flip in self.flips[:place]:
                 raise ValueError(f"flips={self.flips!r} names {flip!r} twice; once is enough.")
         self.classes = _as_heads(self.classes)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As of `PeftConfig`, with a warning where an adapter goes without the backbone that was trained for it."""
+        if self.backbone_trained:
+            warnings.warn(
+                f"{BACKBONE_TRAINED}, and the adapter is saved without it: on the weights of "
+                f"{self.base_model_name_or_path!r} it computes something else. Save the whole model by "
+                "dynammo_peft.hub.save_pretrained(model, directory, form='standalone').",
+                stacklevel=3,
+            )
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def head_sizes(self) -> tuple[int, ...]:

@@ -43,6 +43,7 @@ class HeadTuner(MergeableTuner):
         self.train(model.training)
 
     def _prepare_adapter_config(self, peft_config: HeadConfig, model_config: dict) -> HeadConfig:
+        peft_config.backbone_trained |= any(config.backbone_trained for config in self.peft_config.values())
         model_type = model_config.get("model_type")
         architecture = ARCHITECTURES.get(model_type)
         if architecture is None:
@@ -260,8 +261,11 @@ class HeadTuner(MergeableTuner):
         """Makes the backbone trainable or frozen; adapters, heads and the base model's own classifier stay so.
 
         Args:
-            requires_grad (`bool`): Whether the backbone shall be trained.
+            requires_grad (`bool`): Whether the backbone shall be trained. The configurations of all adapters, and of
+                those to come, note that it was.
         """
+        for config in self.peft_config.values():
+            config.backbone_trained |= requires_grad
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         spared = {
             id(parameter)
