@@ -1,6 +1,7 @@
 """Learning goes on: in a scenario that begins behind tasks learned before, with a method's restored state."""
 
 import json
+import warnings
 from pathlib import Path
 
 import datasets
@@ -256,6 +257,23 @@ def test_no_image_goes_along_unless_asked_for(tmp_path):
     assert state["exemplar_rows"] == exemplars.rows.tolist()
     assert save_learning_state(method, tmp_path, include_exemplars=True)[-1] == "exemplars.safetensors"
     assert exemplars.images[0].numpy().tobytes() in (tmp_path / "exemplars.safetensors").read_bytes()
+
+
+def test_a_warning_names_classes_of_one_image_whose_features_their_mean_is(tmp_path):
+    train, test = (data_of(NAMES, per_class, seed) for per_class, seed in ((6, 0), (4, 1)))
+    few = train.select(
+        [row for row, label in enumerate(train["label"]) if label != 3 or row == train["label"].index(3)]
+    )
+    tasks = ClassIncrementalScenario(few, test, tiny_processor(), groups=GROUPS[:2], progress=False)
+    method = dynammo()
+    fit(method, tasks)
+    with pytest.warns(UserWarning, match="Classes of one image: 'class 3'. Their means .* are these images' features"):
+        save_learning_state(method, tmp_path)
+    method = dynammo()
+    fit(method, scenario(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_learning_state(method, tmp_path)
 
 
 def test_exemplars_that_went_along_are_used(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -32,7 +33,8 @@ def save_learning_state(
     Writes beside a model's task adapters what `load_method` needs to go on learning.
 
     That is the options, which rows of the training data are exemplars, and the class statistics; no name of a file,
-    and no image unless asked for.
+    and no image unless asked for. The mean of a class of one image is that image's features; a warning names such
+    classes.
 
     Args:
         method (`TwoStageMethod`): A method that has learned some tasks.
@@ -47,6 +49,7 @@ def save_learning_state(
     """
     if not method.adapters:
         raise ValueError("No task was learned yet, so there is no state to save.")
+    _warn_of_single_images(method)
     values, tensors = method.state()
     # A place on this machine: adapters that are there are published as those in the model.
     arguments = {name: value for name, value in asdict(method.arguments).items() if name != "offload_adapters"}
@@ -122,6 +125,17 @@ def load_method(
     # As a resumed run has it: what is scored before the next task is what was published.
     method.model.set_adapter(method.inference_adapters[-1], inference_mode=True)
     return method
+
+
+def _warn_of_single_images(method: TwoStageMethod) -> None:
+    statistics = getattr(method, "statistics", None)
+    counts = {} if statistics is None else statistics.counts
+    if names := [method.class_names[label] for label, count in counts.items() if count == 1]:
+        warnings.warn(
+            f"Classes of one image: {', '.join(map(repr, names))}. Their means in the learning state are these "
+            "images' features, from which an image may be guessed roughly; publish without it if nobody may.",
+            stacklevel=3,
+        )
 
 
 def _read_state(source: str, where: Mapping[str, Any]) -> dict[str, Any]:
