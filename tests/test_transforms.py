@@ -1,6 +1,7 @@
 """Images to tensors: decoding, resizing, augmentation and normalisation."""
 
 import io
+import warnings
 
 import datasets
 import numpy as np
@@ -111,6 +112,31 @@ def test_sixteen_bit_grey_images_keep_their_contrast():
     Image.fromarray(grey).save(file, "png")
     decoded = decode(file.getvalue(), tiny_processor(32)).astype(int)
     assert np.abs(decoded - grey[..., None] / 257).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "expected"),
+    [
+        (np.linspace(0, 4095, 1024), "uint16", "0 to 65535, and some have none above 4095"),  # 12 bits
+        (np.linspace(0, 255, 1024), "int32", "0 to 65535, and some have none above 4095"),
+        (np.linspace(0, 1, 1024), "float32", "0 to 255, and some have none above 15"),
+        (np.linspace(0, 65535, 1024), "uint16", None),
+        (np.linspace(0, 65535, 1024), "int32", None),
+        (np.linspace(0, 255, 1024), "float32", None),
+        (np.zeros(1024), "uint16", None),  # black
+        (np.linspace(0, 15, 1024), "uint8", None),  # all there is
+    ],
+)
+def test_grey_images_of_another_range_are_named(values, kind, expected):
+    file = io.BytesIO()
+    Image.fromarray(values.reshape(32, 32).astype(kind)).save(file, "tiff")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        decoded = decode(file.getvalue(), tiny_processor(32))
+    assert decoded.shape == (32, 32, 3)
+    messages = [str(warning.message) for warning in caught if "PIL's mode" in str(warning.message)]
+    assert len(messages) == (expected is not None)
+    assert expected is None or expected in messages[0]
 
 
 @pytest.mark.parametrize(

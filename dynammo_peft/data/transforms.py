@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -143,9 +144,20 @@ def _file(source: dict[str, Any]) -> Union[str, BytesIO]:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Eight bits and three channels; of 16-bit grey values (X-rays) the upper eight, where PIL would clip at 255."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")
+    values = np.nan_to_num(np.asarray(image))
+    scale, most = (256, 65535) if image.mode.startswith("I") else (1, 255)
+    grey = (values // scale).clip(0, 255).astype(np.uint8)
+    if values.max() > values.min() and grey.max() < 16:
+        # Without a path, so that it is said once.
+        warnings.warn(
+            f"Images of PIL's mode {image.mode!r} are taken to have grey values from 0 to {most}, and some have none "
+            f"above {16 * scale - 1}: they become all but black. If theirs are of another range, as 12 bits or 0 to "
+            "1, save them with 8 bits.",
+            stacklevel=2,
+        )
+    return Image.fromarray(grey).convert("RGB")
 
 
 def resized_image_processor(image_processor: Any, image_size: int) -> Any:
