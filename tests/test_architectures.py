@@ -1,5 +1,6 @@
 """Where adapters go in every supported architecture, and what they cost there."""
 
+import copy
 import math
 
 import pytest
@@ -8,7 +9,15 @@ from peft import get_peft_model
 from tiny import CONFIGS, tiny_images, tiny_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForImageClassification, ResNetConfig, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    ResNetConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from dynammo_peft import DynammoConfig, forward_cost
 from dynammo_peft.tuner import DynammoHead, DynammoLayer
@@ -300,6 +309,17 @@ def test_a_block_inside_another_is_refused(name, target_modules):
     # A second adapter would silently lack the inner block, and `unload` would leave it behind.
     with pytest.raises(ValueError, match=r"layers\.1.*inside"):
         adapted(name, target_modules=target_modules)
+
+
+def test_a_model_with_a_distilled_classifier_too_is_to_be_loaded_with_one(tmp_path):
+    whole = DeiTForImageClassificationWithTeacher(copy.deepcopy(CONFIGS["deit"][0]))
+    with pytest.raises(ValueError, match="two classifiers.*; load it with DeiTForImageClassification or"):
+        get_peft_model(whole, DynammoConfig(classes=["a", "b"]))
+    whole.save_pretrained(tmp_path)
+    single = DeiTForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(single.deit.embeddings.distillation_token, whole.deit.embeddings.distillation_token)
+    model = get_peft_model(single, DynammoConfig(classes=["a", "b"]))
+    assert model.eval()(tiny_images("deit")).logits.shape[1] == 2
 
 
 def test_unknown_target_modules():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import tiny_dataset, tiny_model, tiny_processor
-from transformers import MobileNetV1Config
+from transformers import DeiTConfig, MobileNetV1Config
 
 from dynammo_peft.evaluation import recommend_backbone
 
@@ -73,3 +73,6 @@ def test_an_unsupported_candidate_is_named_before_anything_is_computed(candidate
     monkeypatch.setattr("dynammo_peft.evaluation.backbones._features", None)
     with pytest.raises(ValueError, match="mobile' is of model type 'mobilenet_v1'.*leave it out. Supported: vit, "):
         recommend_backbone(tiny_dataset(), [*candidates, str(tmp_path / "mobile")], shots=2, progress=False)
+    DeiTConfig(architectures=["DeiTForImageClassificationWithTeacher"]).save_pretrained(tmp_path / "distilled")
+    with pytest.raises(ValueError, match="distilled' has two classifiers.*leave it out"):
+        recommend_backbone(tiny_dataset(), [*candidates, str(tmp_path / "distilled")], shots=2, progress=False)

@@ -118,7 +118,13 @@ def recommend_backbone(
 def _check_candidates(candidates: Sequence[str]) -> None:
     """Refuses models whose parts are not known before anything is computed with the others."""
     for checkpoint in candidates:
-        model_type = AutoConfig.from_pretrained(checkpoint).model_type
+        config = AutoConfig.from_pretrained(checkpoint)
+        model_type = config.model_type
+        if any(name.endswith("WithTeacher") for name in config.architectures or ()):
+            raise ValueError(
+                f"Candidate {checkpoint!r} has two classifiers, one of them distilled, and heads stand in for one; "
+                "leave it out, or name the checkpoint that was not distilled."
+            )
         if model_type not in ARCHITECTURES:
             raise ValueError(
                 f"Candidate {checkpoint!r} is of model type {model_type!r}, whose features heads cannot read without "

@@ -83,9 +83,13 @@ class HeadTuner(MergeableTuner):
         peft_config.image_size = list(as_pair(size))
         head = next((name for name, _ in base_modules(model) if self._is_head(peft_config, name)), None)
         if head is None and peft_config.classes is not None:
+            own, why = type(model).__name__, ""
+            if own.endswith("WithTeacher"):
+                why = ", but two classifiers, one of them distilled"
+            loader = own.removesuffix("WithTeacher") if why else "AutoModelForImageClassification"
             raise ValueError(
-                f"The base model has no module {peft_config.head_module!r} for the head; load it with "
-                f"AutoModelForImageClassification or set head_module in the {type(peft_config).__name__}."
+                f"The base model has no module {peft_config.head_module!r} for the head{why}; load it with {loader} "
+                f"or set head_module in the {type(peft_config).__name__}."
             )
         feature_modules = {name: find_base_module(model, name) for name in peft_config.feature_modules}
         known = getattr(self, "_probe", None)
