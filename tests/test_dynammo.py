@@ -202,7 +202,7 @@ def test_with_one_adapter_the_heads_are_those_fitted_to_all_images_at_once():
 
 
 def test_after_the_first_session_only_heads_are_fitted(scenario):
-    method = begun(scenario, strong(), first_session=True, adapter_init="random")
+    method = begun(scenario, strong(), first_session=True)
     assert [stage.name for stage in learn_nothing(method, scenario[0])] == ["adapter"]
     first, means = tensors_of(method.model, "merged"), dict(method.statistics.means)
     for number in (1, 2):
@@ -635,6 +635,10 @@ def test_augmented_views_widen_the_statistics():
         ({"first_session": True, "merge_options": {"first_share": 0}}, {}, ["first_session", "merge_options"]),
         ({"first_session": True, "feature_distillation": 1.0}, {}, ["first_session", "would do nothing"]),
         ({"first_session": True, "drift_ridge": 0.5}, {}, ["drift_ridge", "would do nothing"]),
+        ({"first_session": True, "exemplars_as_others": True}, {}, ["exemplars_as_others", "would do nothing"]),
+        ({"first_session": True, "adapter_init": "random"}, {}, ["adapter_init='random'", "would do nothing"]),
+        ({"heads": "gaussians", "shrinkage": 0.5}, {}, ["shrinkage", "heads='gaussians'", "closed form"]),
+        ({"heads": "exemplars", "shrinkage": 0.0}, {}, ["shrinkage", "heads='exemplars'", "closed form"]),
         ({"heads": "exemplars", "drift_ridge": 0.5}, {}, ["drift_ridge", "heads='exemplars'"]),
         ({"first_session": True, "recalibrate": True}, {}, ["first_session", "recalibrate"]),
         ({"heads": "knn"}, {}, ["heads='knn'", "'lda', 'ridge', 'gaussians', 'exemplars'"]),

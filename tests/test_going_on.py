@@ -276,6 +276,29 @@ def test_a_warning_names_classes_of_one_image_whose_features_their_mean_is(tmp_p
         save_learning_state(method, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Dynammo(tiny_model("vit"), small(heads="exemplars")),
+        lambda: ACL(tiny_model("vit"), AdapterMethodArguments(memory_size=12, adapter_epochs=1, head_epochs=1)),
+    ],
+)
+def test_heads_on_exemplars_that_are_not_there_are_refused_before_an_adapter_is_trained(make, tmp_path, monkeypatch):
+    method = make()
+    fit(method, scenario(2))
+    folder = published(method, tmp_path)
+    save_learning_state(method, folder)
+    again = load_method(folder)
+    rows = again.exemplar_rows
+    monkeypatch.setattr(again, "learn", None)
+    with pytest.raises(ValueError, match="none of 'class 0', .*'class 3'.*exemplar_rows.*include_exemplars=True"):
+        fit(again, scenario(1, learned=2))
+    again = load_method(folder)
+    fit(again, scenario(1, learned=2, exemplar_rows=rows))
+    save_learning_state(method, folder, include_exemplars=True)
+    fit(load_method(folder), scenario(1, learned=2))
+
+
 def test_exemplars_that_went_along_are_used(tmp_path):
     method = dynammo()
     fit(method, scenario(2))

@@ -71,7 +71,7 @@ LORA = {"r": 2, "feature_modules": []}
         ({"merge": "uniform", "adapter_init": "first"}, False),
         ({"merge": "exponential_moving_average", "merge_options": {"decay": 0.7}, "memory_size": 0}, False),
         ({"adapter_init": "random", "recalibrate": True}, False),
-        ({"first_session": True, "adapter_init": "random"}, False),
+        ({"first_session": True}, False),
         ({"feature_distillation": 1.0, "exemplars_as_others": True}, False),
         ({"merge": "linear"}, False),
         ({"merge_options": {"first_share": 0.2}, "memory_size": 0}, False),

@@ -179,6 +179,7 @@ def test_refused_classes_leave_the_memory_as_it_was(new, words):
     ("options", "words"),
     [
         ({"size": -1}, ["memory_size=-1", "negative"]),
+        ({"size": 12.5}, ["memory_size=12.5", "whole number"]),
         ({"size": 4, "selection": "newest"}, ["'newest'", "herding", "random", "closest_to_mean"]),
     ],
 )

@@ -86,8 +86,8 @@ class ExemplarMemory:
     """
 
     def __init__(self, size: int, selection: Selection = "herding", seed: int = 0) -> None:
-        if size < 0:
-            raise ValueError(f"memory_size={size} must not be negative.")
+        if not isinstance(size, int) or size < 0:
+            raise ValueError(f"memory_size={size!r} must be a whole number, and not negative.")
         if selection not in SELECTIONS:
             raise ValueError(f"selection={selection!r} does not exist; choose one of {', '.join(SELECTIONS)}.")
         self.size = size
@@ -145,6 +145,10 @@ class ExemplarMemory:
         """All images remembered, class by class, or `None` if there are none yet."""
         return LabelledImages.concatenate(list(self._classes.values())).copied() if self._classes else None
 
+    def missing(self, class_names: Sequence[str]) -> list[str]:
+        """Those of the classes seen, in the order of their numbers, that there is no image of."""
+        return [name for label, name in enumerate(class_names) if not len(self._classes.get(label, ()))]
+
     def images_of(self, class_names: Sequence[str]) -> LabelledImages:
         """All images remembered, if there are some of every class.
 
@@ -154,8 +158,7 @@ class ExemplarMemory:
         Raises:
             ValueError: If the memory has none of a class.
         """
-        missing = [name for label, name in enumerate(class_names) if not len(self._classes.get(label, ()))]
-        if missing:
+        if missing := self.missing(class_names):
             raise ValueError(
                 f"The memory has no exemplar of {', '.join(map(repr, missing))}; set memory_size to at least the "
                 "number of classes, or use class statistics (heads='lda')."

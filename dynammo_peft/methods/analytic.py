@@ -78,7 +78,10 @@ def linear_discriminant(statistics: ClassStatistics, shrinkage: Optional[float] 
 
 
 def ridge_regression(statistics: ClassStatistics, shrinkage: Optional[float] = None) -> tuple[Tensor, Tensor]:
-    """Ridge regression of the classes' indicators on the features, all classes counting the same.
+    """Ridge regression of the classes' indicators on the features.
+
+    All classes count the same in what is between them; within them there is one covariance for all, in which all
+    images count the same.
 
     Args:
         statistics (`ClassStatistics`): Of all classes.

@@ -70,6 +70,7 @@ class Dynammo(TwoStageMethod):
         self.heads: Heads = options.heads
         self.views: int = options.feature_views
         self.exemplars_as_others = options.exemplars_as_others
+        self.needs_exemplars = self.heads == "exemplars"
         if options.offload_adapters is not None:
             self.folder = AdapterFolder(options.offload_adapters)
         self.statistics: Optional[ClassStatistics] = None

@@ -134,11 +134,15 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
     def _check_training(self) -> None:
         """Refuses learned merge weights that nothing tells, and options of a training that does not take place."""
         merges = self.merge is not None or self.merge_options or self.learns or self.recalibrate
-        if self.first_session and (merges or self.feature_distillation or self.drift_ridge is not None):
+        trains = self.feature_distillation or self.exemplars_as_others or self.adapter_init == "random"
+        if self.first_session and (merges or trains or self.drift_ridge is not None):
             raise ValueError(
                 "first_session trains one adapter only, so merge, merge_options, learned_weights, recalibrate, "
-                "feature_distillation and drift_ridge would do nothing; leave them out."
+                "feature_distillation, exemplars_as_others, adapter_init='random' and drift_ridge would do nothing; "
+                "leave them out."
             )
+        if self.shrinkage is not None and self.heads not in ANALYTIC_HEADS:
+            raise ValueError(f"shrinkage is for heads in closed form, and not for heads={self.heads!r}; leave it out.")
         for name in ("drift_ridge", "covariance_rank"):
             if self.heads == "exemplars" and getattr(self, name) is not None:
                 raise ValueError(f"{name} is for class statistics, which heads='exemplars' has not; leave it out.")

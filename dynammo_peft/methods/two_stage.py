@@ -31,6 +31,8 @@ class TwoStageMethod(AdapterMethod):
 
     # Whether stage 1 has the exemplars in it.
     exemplars_as_others: bool = True
+    # Whether stage 2 needs an exemplar of every class.
+    needs_exemplars: bool = True
 
     def __init__(
         self,
@@ -48,6 +50,13 @@ class TwoStageMethod(AdapterMethod):
         exemplars = scenario.exemplars if scenario.exemplar_rows else self.memory.images()
         if exemplars is not None:
             self.memory.restore(exemplars)
+        missing = self.memory.missing(self.class_names) if self.needs_exemplars else []
+        if missing:
+            raise ValueError(
+                f"Heads are trained on exemplars, and there is none of {', '.join(map(repr, missing))}. Make the "
+                "scenario with exemplar_rows=method.exemplar_rows if its data set is the one that was learned from, "
+                "or publish with include_exemplars=True."
+            )
 
     @property
     def exemplar_rows(self) -> list[int]:
