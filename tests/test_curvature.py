@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_images, tiny_language_model, tiny_model, token_cross_entropy
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from dynammo_peft import DynammoConfig
@@ -262,3 +263,20 @@ def test_fisher_needs_a_label_for_each_image():
         with pytest.raises(ValueError, match="has 4 images and 3 labels; give a label for each"):
             batches = [(tiny_images("vit", 4), torch.zeros(3).long())]
             diagonal_fisher(lora_model(), "first", batches, vectorized=vectorized)
+
+
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_a_model_of_any_library_is_measured(vectorized):
+    # It takes images by position, as timm's do, and gives plain logits.
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = get_peft_model(plain, LoraConfig(target_modules=["1"], r=2, init_lora_weights=False), "first").eval()
+    images, labels = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2, 1, 1])
+    parameters = adapter_tensors(model, "first")
+    expected = dict.fromkeys(parameters, 0.0)
+    for image, label in zip(images, labels):
+        loss = -model(image[None]).log_softmax(dim=1)[0, label]
+        for key, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values()))):
+            expected[key] = expected[key] + gradient.double() ** 2 / 4
+    assert_same(diagonal_fisher(model, "first", [(images, labels)], vectorized=vectorized), expected)
+    (gram,) = (value for key, value in input_grams(model, "first", [images]).items() if "lora_A" in key)
+    torch.testing.assert_close(gram, images.flatten(1).double().T @ images.flatten(1).double() / 4)

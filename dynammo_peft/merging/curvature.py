@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .adapters import AdaptedModel, AdapterTensors, adapted_base, adapter_slots, adapter_tensors, tensor_places
-from .objectives import inputs_and_labels
+from .objectives import classify, inputs_and_labels
 from .state import adapter_used
 
 
@@ -24,11 +24,6 @@ Inputs = Union[Tensor, dict[str, Tensor]]
 Forward = Callable[[nn.Module, Inputs], Tensor]
 # Of logits and labels `(B,)`; gives the mean negative log-likelihood.
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def classify(model: nn.Module, inputs: Inputs) -> Tensor:
-    """The logits of a model of transformers, `(B, N)`."""
-    return (model(**inputs) if isinstance(inputs, dict) else model(pixel_values=inputs)).logits
 
 
 def diagonal_fisher(

@@ -156,7 +156,7 @@ def inputs_and_labels(batch: Any) -> tuple[Any, Optional[Tensor]]:
 
 
 def classify(base: nn.Module, batch: Any) -> Tensor:
-    """The logits of a batch: the forward if none is given."""
+    """The logits of a batch, or of what is in it but labels: the forward if none is given."""
     inputs, _ = inputs_and_labels(batch)
     output = base(**inputs) if isinstance(inputs, Mapping) else base(inputs)
     return getattr(output, "logits", output)
