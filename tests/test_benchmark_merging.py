@@ -71,7 +71,7 @@ def test_the_default_is_not_run_under_two_names(benchmark, tmp_path, capsys):
 def test_own_images_become_a_sequence_for_each_division(benchmark, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
     (tmp_path / "data" / "tiny_imagenet_40").rename(tmp_path / "mine")
-    for classes, tasks in ((1, 4), (2, 2)):
+    for classes, tasks in ((4, 1), (2, 2)):
         command = f"merging.py --data_dir {tmp_path / 'mine'} --classes_per_task {classes} --memory_size 8"
         options = "--backbones deit_tiny --seeds 3 --rows default --epochs 1"
         monkeypatch.setattr(sys, "argv", f"{command} {options}".split())

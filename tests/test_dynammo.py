@@ -217,6 +217,43 @@ def test_after_the_first_session_only_heads_are_fitted(scenario):
     assert all(torch.equal(method.statistics.means[label], mean) for label, mean in means.items())
 
 
+def one_by_one(first=2):
+    """Tasks of one class each, but for the first."""
+    names = [f"class {index}" for index in range(6)]
+    groups = [names[:first], *([name] for name in names[first:])]
+    train, test = (tiny_dataset(6, per_class, seed=seed) for per_class, seed in ((8, 0), (4, 1)))
+    return ClassIncrementalScenario(train, test, tiny_processor(32), groups=groups, progress=False)
+
+
+@pytest.mark.parametrize("adapter_init", ["previous", "first", "random"])
+@pytest.mark.parametrize("memory_size", [0, 12])
+def test_a_class_with_nothing_to_tell_it_from_trains_no_adapter(adapter_init, memory_size):
+    tasks = one_by_one()
+    method = begun(tasks, strong(), adapter_init=adapter_init, memory_size=memory_size)
+    assert [stage.name for stage in learn_nothing(method, tasks[0])] == ["adapter"]
+    for number in (1, 2):
+        assert learn_nothing(method, tasks[number]) == []
+        assert method.adapters[-1] == f"task_{number:03d}"
+        assert_same(tensors_of(method.model, method.adapters[-1]), tensors_of(method.model, "task_000"))
+    # The paper's "others" are something to tell it from.
+    method = begun(tasks, strong(), memory_size=12, exemplars_as_others=True)
+    assert [[stage.name for stage in learn_nothing(method, tasks[number])] for number in (0, 1)] == [["adapter"]] * 2
+
+
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"memory_size": 0}, {"first_session": True}, {"merge": "fisher"}])
+def test_classes_that_come_one_by_one_are_learned(first, options):
+    method, results = fit(one_by_one(first), **options)
+    assert method.class_names == [f"class {index}" for index in range(6)]
+    assert results.metrics()["last_accuracy"] >= 0.8
+
+
+def test_a_backbone_is_not_trained_on_a_class_alone():
+    with pytest.raises(ValueError, match="first task, which has 'class 0' alone and nothing to tell it from"):
+        begun(one_by_one(1), train_backbone=True)
+    begun(one_by_one(2), train_backbone=True)
+
+
 @pytest.mark.parametrize("heads", ["lda", "gaussians"])
 @pytest.mark.parametrize("memory_size", [0, 12])
 def test_statistics_follow_the_merge_by_the_fitted_map(scenario, heads, memory_size):

@@ -153,7 +153,7 @@ class Calls:
 
 
 def test_learning_a_task_calls_no_more_functions_than_the_third_did(tmp_path):
-    tasks, counts = 12, []
+    tasks, counts = 12, []  # of two classes: a class alone trains nothing
 
     class Counting(Dynammo):
         def learn(self, task):
@@ -162,7 +162,7 @@ def test_learning_a_task_calls_no_more_functions_than_the_third_did(tmp_path):
             counts.append(calls.count)
 
     method = Counting(tiny_model("vit"), arguments(memory_size=0, adapter_epochs=1, offload_adapters=str(tmp_path)))
-    fit(method, scenario(tasks, classes_per_task=1))
+    fit(method, scenario(tasks))
     # In the third, an adapter is taken out of the model for the first time. A few loops over the names of all tasks
     # and classes are left.
     assert counts[2] < counts[-1] < 1.05 * counts[2]

@@ -170,7 +170,8 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
 
 def test_going_on_behind_learned_tasks_is_resumed_too(tmp_path, monkeypatch):
     def going_on():
-        method = new_method()
+        # A class alone is trained on beside exemplars only.
+        method = new_method(exemplars_as_others=True)
         forget_settings()
         Learner(method, Accelerator(cpu=True), progress=False).fit(
             tasks(groups=[["class 0", "class 1"]], classes_per_task=None)
@@ -184,7 +185,7 @@ def test_going_on_behind_learned_tasks_is_resumed_too(tmp_path, monkeypatch):
     whole = going_on()
     expected = outcome(whole, learn(whole, tmp_path / "whole", later(whole)))
     method = going_on()
-    interrupt(monkeypatch, 8)
+    interrupt(monkeypatch, 14)
     with pytest.raises(Interrupted):
         learn(method, tmp_path / "run", later(method))
     monkeypatch.undo()
@@ -358,19 +359,22 @@ def test_a_checkpoint_of_another_folder(tmp_path, monkeypatch):
 
 
 def test_adapters_on_the_disk_may_have_moved(tmp_path, monkeypatch):
-    whole = new_method(offload_adapters=str(tmp_path / "whole-adapters"))
+    def kept_in(folder):
+        return new_method(offload_adapters=str(tmp_path / folder), exemplars_as_others=True)
+
+    whole = kept_in("whole-adapters")
     one = {"classes_per_task": 1}
     expected = outcome(whole, learn(whole, tmp_path / "whole", tasks(**one)))
-    interrupt(monkeypatch, 21)
+    interrupt(monkeypatch, 33)
     with pytest.raises(Interrupted):
-        learn(new_method(offload_adapters=str(tmp_path / "before")), tmp_path / "run", tasks(**one))
+        learn(kept_in("before"), tmp_path / "run", tasks(**one))
     monkeypatch.undo()
     # Three tasks are behind it; the first adapter and the newest are in the checkpoint too.
     assert sorted(path.name for path in (tmp_path / "before").iterdir()) == ["task_000", "task_001", "task_002"]
     with pytest.raises(ValueError, match="nowhere' has an adapter 'task_001'"):
-        learn(new_method(offload_adapters=str(tmp_path / "nowhere")), tmp_path / "run", tasks(**one), resume="latest")
+        learn(kept_in("nowhere"), tmp_path / "run", tasks(**one), resume="latest")
     (tmp_path / "before").rename(tmp_path / "after")
-    resumed = new_method(offload_adapters=str(tmp_path / "after"))
+    resumed = kept_in("after")
     assert_same(outcome(resumed, learn(resumed, tmp_path / "run", tasks(**one), resume="latest")), expected)
     assert not (tmp_path / "before").exists()
 
@@ -389,7 +393,7 @@ def test_adapters_on_the_disk_may_have_moved(tmp_path, monkeypatch):
     ],
 )
 def test_a_damaged_checkpoint_is_named(damage, words, tmp_path):
-    one = {"groups": [["class 0"]], "classes_per_task": None}
+    one = {"groups": [["class 0", "class 1"]], "classes_per_task": None}
     learn(new_method(), tmp_path, tasks(**one))
     damage(Checkpoints(tmp_path).store.paths()[-1])
     with pytest.raises(CheckpointError, match=words):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Optional, Union
 
@@ -84,6 +84,12 @@ class Dynammo(TwoStageMethod):
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         super().begin(scenario, accelerator)
+        first = scenario.groups[0]
+        if self.arguments.train_backbone and not self.groups and not self._can_tell_apart(first):
+            raise ValueError(
+                f"train_backbone trains in the first task, which has {first[0]!r} alone and nothing to tell it from; "
+                "begin with two classes at least."
+            )
         if self.statistics is not None:
             self.statistics.names = dict(enumerate(scenario.class_names))
         if self.folder is not None:
@@ -176,12 +182,17 @@ class Dynammo(TwoStageMethod):
 
     def _new_adapter(self, task: Task) -> Iterator[Stage]:
         """Trains the task's adapter, or makes it one more copy of the first."""
-        if task.index > 0 and self.arguments.first_session:
-            self.add_adapter(self.adapter_name(task.index), task.class_names)
-            self.copy_adapter(self.adapters[0], self.adapters[-1])
-        else:
+        if self._can_tell_apart(task.classes) and not (self.arguments.first_session and task.index > 0):
             yield from self.train_adapter(task)
-            self.merging.after_training(task)
+        else:
+            self.add_adapter(self.adapter_name(task.index), task.class_names)
+            if task.index > 0:
+                self.copy_adapter(self.adapters[0], self.adapters[-1])
+        self.merging.after_training(task)
+
+    def _can_tell_apart(self, classes: Sequence[Any]) -> bool:
+        """Whether stage 1 has anything to tell a task's images from: without, it leads anywhere (merging_log.md)."""
+        return len(classes) > 1 or self.exemplars_as_others
 
     def _merge(self, task: Task, shown: LabelledImages) -> nn.Linear:
         """Merges the adapters; old heads go on from where they fitted the last merge, a new one from its task."""

@@ -56,7 +56,8 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
         default=None,
         metadata={
             "help": "Train each adapter to tell its classes from the exemplars of older ones, as the paper does; "
-            "otherwise exemplars are never trained on, and only show where old classes have moved."
+            "otherwise exemplars are never trained on, and only show where old classes have moved; a task of one "
+            "class, which has nothing to tell its images from, then trains no adapter."
         },
     )
     feature_distillation: float = field(
