@@ -178,13 +178,13 @@ def test_images_that_vary_by_less_than_others_do_pull_no_less():
 
 
 def test_a_ridge_is_chosen_in_the_units_it_is_used_in():
-    before, after, labels = drifting_classes(0, 6, change=0.3, noise=0.0)
-    # As if other classes varied a thousand times as much: nothing is left of the images' own say.
-    assert choose_ridge(before, after, labels, variances=torch.full((12,), 1e6)) == min(RIDGES)
-    before, after, labels = drifting_classes(1, 4, change=0.1, noise=0.3)
-    variances = 4 * before.var(dim=0, correction=0)
-    chosen = choose_ridge(before, after, labels, candidates=(0.25, 2.5), variances=variances)
-    assert 4 * chosen == choose_ridge(before, after, labels, candidates=(1.0, 10.0))
+    before, after, labels = drifting_classes(2, 8, change=0.1, noise=1.0)
+    own = choose_ridge(before, after, labels)
+    assert min(RIDGES) < own < max(RIDGES)
+    # In units ten times as large, a tenth of it is as much.
+    wide = 10 * before.var(dim=0, correction=0)
+    finer = [ridge / 10 for ridge in RIDGES]
+    assert choose_ridge(before, after, labels, (*finer, *RIDGES), variances=wide) == pytest.approx(own / 10)
 
 
 def test_the_scale_of_a_feature_does_not_matter():
