@@ -19,7 +19,7 @@ import json
 import time
 import typing
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -54,21 +54,21 @@ class Sequence:
 
     Args:
         folders (`tuple[str, ...]`): Of the data sets, in `shared/data` or anywhere.
-        classes_per_task (`int`): Of each data set.
+        classes_per_task (`tuple[int, ...]`): Of each data set; as the last one says until its classes end.
         memory_size (`int`): Exemplars of all classes together.
         options (`dict[str, Any]`): Of the scenario.
     """
 
     folders: tuple[str, ...]
-    classes_per_task: int
+    classes_per_task: tuple[int, ...]
     memory_size: int
     options: dict[str, Any] = field(default_factory=dict)
 
 
 SEQUENCES = {
-    "blood_cells": Sequence(("blood_cells",), 2, 40, {"vertical_flip": True}),
-    "mednist_blood_cells": Sequence(("mednist", "blood_cells"), 2, 70),
-    "tiny_imagenet_40": Sequence(("tiny_imagenet_40",), 4, 400),
+    "blood_cells": Sequence(("blood_cells",), (2,), 40, {"vertical_flip": True}),
+    "mednist_blood_cells": Sequence(("mednist", "blood_cells"), (2,), 70),
+    "tiny_imagenet_40": Sequence(("tiny_imagenet_40",), (4,), 400),
 }
 
 
@@ -193,14 +193,20 @@ def load_train_and_test(sequence: Sequence) -> tuple[datasets.Dataset, datasets.
     return joined[0], joined[1], names
 
 
-def class_groups(names: list[list[str]], classes_per_task: int, seed: int) -> list[list[str]]:
+def class_groups(names: list[list[str]], classes_per_task: tuple[int, ...], seed: int) -> list[list[str]]:
     """The tasks: the classes of each data set in an order drawn by `seed`, the data sets one after the other."""
     generator = torch.Generator().manual_seed(seed)
     groups = []
     for part in names:
         order = [part[index] for index in torch.randperm(len(part), generator=generator).tolist()]
-        groups += [order[start : start + classes_per_task] for start in range(0, len(order), classes_per_task)]
+        groups += _cut(order, classes_per_task)
     return groups
+
+
+def _cut(classes: list[str], sizes: tuple[int, ...]) -> list[list[str]]:
+    """Classes in tasks of these sizes, the last of which is that of all that follow."""
+    rest, endless = iter(classes), chain(sizes, repeat(sizes[-1]))
+    return list(iter(lambda: list(islice(rest, next(endless))), []))
 
 
 def run_seed(
@@ -304,7 +310,13 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     parser.add_argument("--sequences", nargs="+", choices=SEQUENCES, default=list(SEQUENCES))
     parser.add_argument("--data_dir", type=Path, help="Instead of the sequences: a folder with images of yours.")
-    parser.add_argument("--classes_per_task", type=int, default=2, help="Of data_dir.")
+    parser.add_argument(
+        "--classes_per_task",
+        nargs="+",
+        type=int,
+        default=[2],
+        help="Of data_dir; several numbers are of one task each, and the last one of all that follow.",
+    )
     parser.add_argument("--memory_size", type=int, default=50, help="Exemplars of data_dir, of all classes together.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
@@ -330,13 +342,15 @@ def main() -> None:
     parser.add_argument("--validation_fraction", type=float, default=0.0)
     parser.add_argument("--report", action="store_true", help="Only print the tables of the results so far.")
     args = parser.parse_args()
+    if min(args.classes_per_task) < 1:
+        parser.error("--classes_per_task must be positive.")
     if args.precision == "any" and not args.report:
         parser.error("--precision any is for --report; run rows in bf16 or fp32.")
     args.epochs = args.epochs or None
     if args.data_dir is not None:
-        folder, classes, memory = args.data_dir.resolve(), args.classes_per_task, args.memory_size
+        folder, classes, memory = args.data_dir.resolve(), tuple(args.classes_per_task), args.memory_size
         # Neither results nor adapters of other tasks are to be taken for these.
-        name = f"{folder.name}-classes_{classes}-memory_{memory}"
+        name = f"{folder.name}-classes_{'_'.join(map(str, classes))}-memory_{memory}"
         SEQUENCES[name] = Sequence((str(folder),), classes, memory)
         args.sequences = [name]
     out = RESULTS / ("merging_validation.jsonl" if args.validation_fraction else "merging.jsonl")

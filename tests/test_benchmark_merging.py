@@ -31,7 +31,7 @@ def benchmark(tmp_path, monkeypatch):
     tiny_processor(32).save_pretrained(tmp_path / "weights" / "deit_tiny_patch16_224")
     monkeypatch.setattr(module, "SHARED", tmp_path)
     monkeypatch.setattr(module, "IMAGE_SIZE", 32)
-    monkeypatch.setitem(module.SEQUENCES, "tiny_imagenet_40", module.Sequence(("tiny_imagenet_40",), 2, 8))
+    monkeypatch.setitem(module.SEQUENCES, "tiny_imagenet_40", module.Sequence(("tiny_imagenet_40",), (2,), 8))
     return module
 
 
@@ -71,18 +71,18 @@ def test_the_default_is_not_run_under_two_names(benchmark, tmp_path, capsys):
 def test_own_images_become_a_sequence_for_each_division(benchmark, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
     (tmp_path / "data" / "tiny_imagenet_40").rename(tmp_path / "mine")
-    for classes, tasks in ((4, 1), (2, 2)):
+    for classes, adapters in (("4", 1), ("2", 2), ("2 1", 1)):
         command = f"merging.py --data_dir {tmp_path / 'mine'} --classes_per_task {classes} --memory_size 8"
         options = "--backbones deit_tiny --seeds 3 --rows default --epochs 1"
         monkeypatch.setattr(sys, "argv", f"{command} {options}".split())
         benchmark.main()
         result = benchmark.read(tmp_path / "results" / "merging.jsonl")[-1]
-        name = f"mine-classes_{classes}-memory_8"
+        name = f"mine-classes_{classes.replace(' ', '_')}-memory_8"
         assert (result["sequence"], result["seed"], result["row"]) == (name, 3, "default")
         assert f"{name}, deit_tiny" in capsys.readouterr().out
-        # An adapter a task, of a sequence's own.
+        # Of the sequence's own: an adapter for each task of several classes.
         trained = (tmp_path / "results" / "adapters" / "test").glob(f"deit_tiny-{name}-*/*.safetensors")
-        assert len([*trained]) == tasks
+        assert len([*trained]) == adapters
 
 
 def test_results_of_other_epochs_are_kept_apart(benchmark, tmp_path, monkeypatch, capsys):
