@@ -488,6 +488,14 @@ def test_batches_that_run_dry():
         learn_merge_weights(adapted("ia3"), TASKS, Once(), steps=3, progress=False)
 
 
+def test_inference_mode_is_named():
+    model = adapted("ia3")
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"inside torch\.inference_mode\(\)"):
+        learn_merge_weights(model, TASKS, labelled("ia3"), steps=1, progress=False)
+    assert "merged" not in model.peft_config
+    learn_merge_weights(model, TASKS, labelled("ia3"), steps=1, progress=False)
+
+
 def test_half_precision():
     model = get_peft_model(
         tiny_model("vit").to(torch.bfloat16), METHODS["lora"][1](0), TASKS[0], autocast_adapter_dtype=False

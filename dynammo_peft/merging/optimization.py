@@ -81,9 +81,11 @@ def minimize(
         `tuple[float, float]`: Mean loss of the first batches (at most `EVALUATION_BATCHES`) before and after.
 
     Raises:
-        ValueError: If there are no batches or they can be read but once, or the loss is not finite or does not depend
-            on the parameters.
+        ValueError: If there are no batches or they can be read but once, the loss is not finite or does not depend on
+            the parameters, or in inference mode.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("Nothing can be learned inside torch.inference_mode(); leave it for this call.")
     if iter(batches) is batches:
         raise ValueError(READ_ONCE)
     probe = list(islice(batches, EVALUATION_BATCHES))
