@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Optional, get_args
 
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
@@ -67,11 +68,12 @@ class ModelArguments:
             "unless preset='paper'."
         },
     )
-    flips: Optional[list[Flip]] = field(
+    flips: Optional[list[str]] = field(
         default=None,
         metadata={
+            "choices": get_args(Flip),
             "help": "Mirror images whose features are averaged with an image's own when it is classified: "
-            "'horizontal', 'vertical' or both; each costs a forward pass."
+            "'horizontal', 'vertical' or both; each costs a forward pass.",
         },
     )
 
@@ -85,7 +87,14 @@ def load_model(args: ModelArguments) -> tuple[transformers.PreTrainedModel, Any]
         size = args.image_size or getattr(config, "image_size", 224)
         model = AutoModelForImageClassification.from_config(config)
         return model, transformers.ViTImageProcessorPil(size={"height": size, "width": size})
-    model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, revision=args.revision)
+    try:
+        model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, revision=args.revision)
+    except OSError as error:
+        if os.path.isdir(args.model_name_or_path):
+            raise
+        raise ValueError(
+            f"model_name_or_path={args.model_name_or_path!r} is no folder here, and the Hub does not give it: {error}"
+        ) from error
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.revision)
     return model, resized_image_processor(processor, args.image_size) if args.image_size else processor
 

@@ -31,7 +31,6 @@ from transformers import HfArgumentParser
 import dynammo_peft
 from dynammo_peft import (
     METHODS,
-    CheckpointError,
     Checkpoints,
     ClassIncrementalScenario,
     Learner,
@@ -41,7 +40,9 @@ from dynammo_peft import (
 )
 from dynammo_peft.data import load_image_dataset
 from dynammo_peft.hub import check_can_push, save_model
+from dynammo_peft.training.checkpoint import LATEST
 from dynammo_peft.training.sharded import set_up_sharding
+from dynammo_peft.tuner.head_config import check_choice
 
 
 logger = logging.getLogger("class_incremental")
@@ -133,7 +134,7 @@ def parse_arguments(argv: list[str]) -> tuple[RunArguments, ModelArguments, Data
     """
     options: dict[str, Any] = {}
     if argv and argv[0].endswith((".yaml", ".yml")):
-        options = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}
+        options = _read_options(Path(argv[0]))
         argv = argv[1:]
     first = HfArgumentParser([RunArguments], add_help=False, allow_abbrev=False)
     first.set_defaults(**{"method": options.get("method", RunArguments.method)})
@@ -142,9 +143,13 @@ def parse_arguments(argv: list[str]) -> tuple[RunArguments, ModelArguments, Data
         raise ValueError(f"method={name!r} does not exist; choose one of {', '.join(METHODS)}.")
     groups = [RunArguments, ModelArguments, DataArguments, METHODS[name].arguments_cls]
     parser = HfArgumentParser(groups, description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
-    unknown = sorted(set(options) - {action.dest for action in parser._actions})
-    if unknown:
-        raise ValueError(f"Option {unknown[0]!r} does not exist for method {name!r}; see --help for those that do.")
+    known = {action.dest: action for action in parser._actions}
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(f"Option {option!r} does not exist for method {name!r}; see --help for those that do.")
+        options[option] = _as_on_the_command_line(known[option], value)
+    # Of several layers none is one choice too.
+    known["feature_modules"].nargs = "*"
     parser.set_defaults(**options)
     parsed = parser.parse_args_into_dataclasses(argv)
     _, model_args, data_args, _ = parsed
@@ -152,6 +157,27 @@ def parse_arguments(argv: list[str]) -> tuple[RunArguments, ModelArguments, Data
     data_args.groups = _structured("groups", data_args.groups)
     data_args.domains = _structured("domains", data_args.domains)
     return parsed
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} holds no options; write one a line, as in 'memory_size: 40'.")
+    return options
+
+
+def _as_on_the_command_line(action: argparse.Action, value: Any) -> Any:
+    """A value of the YAML file as the command line would have it, which argparse takes unseen.
+
+    Raises:
+        ValueError: If it is none of the option's choices.
+    """
+    if action.nargs in ("*", "+") and isinstance(value, str):
+        value = [value]
+    for one in value if isinstance(value, list) else [value]:
+        if action.choices is not None and one is not None:
+            check_choice(action.dest, one, tuple(action.choices))
+    return value
 
 
 def _structured(option: str, value: Any) -> Any:
@@ -164,8 +190,10 @@ def _structured(option: str, value: Any) -> Any:
 
 def load_scenario(args: DataArguments, image_processor: Any, progress: bool) -> ClassIncrementalScenario:
     """The tasks, with all images decoded."""
+    # Held-out images take the place of test images, so that there need be none.
+    test_split = None if args.validation_fraction else args.test_split
     train, test = load_image_dataset(
-        args.dataset_name, args.dataset_config_name, args.data_dir, args.train_split, args.test_split, args.streaming
+        args.dataset_name, args.dataset_config_name, args.data_dir, args.train_split, test_split, args.streaming
     )
     return ClassIncrementalScenario(
         train,
@@ -216,6 +244,22 @@ def report_cost(method: Method, scenario: ClassIncrementalScenario) -> dict[str,
     }
 
 
+def check_run(args: RunArguments, checkpoints: Checkpoints) -> None:
+    """Raises a `ValueError` if the run would take the place of another, or has options that are of no use."""
+    # With 'latest' a run begins anew where there is no checkpoint.
+    resumes = args.resume_from_checkpoint is not None
+    resumes &= args.resume_from_checkpoint != LATEST or bool(checkpoints.store.paths())
+    if os.path.exists(args.output_dir) and os.listdir(args.output_dir) and not (args.overwrite_output_dir or resumes):
+        raise ValueError(f"output_dir={args.output_dir!r} is not empty; choose another or set overwrite_output_dir.")
+    for option in ("eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"{option}={getattr(args, option)} must be at least 1.")
+    for tracker in args.report_to:
+        # Accelerate would leave out a tracker that is not installed without a word.
+        if tracker not in {known.value for known in get_available_trackers()}:
+            raise ValueError(f"report_to={tracker!r} is no tracker of Accelerate, or its package is not installed.")
+
+
 def run(argv: list[str]) -> tuple[Method, Results]:
     """Everything: parses `argv`, learns all tasks, reports and saves.
 
@@ -223,18 +267,13 @@ def run(argv: list[str]) -> tuple[Method, Results]:
         ValueError: If an option or the data are unusable; nothing was trained or written then. Or the Hub refuses the
             model, which is saved then.
         ConnectionError: If the Hub cannot be reached.
-        CheckpointError: If a checkpoint cannot be written or read.
+        OSError: If a file cannot be read or written; `CheckpointError` if it is a checkpoint.
     """
     args, model_args, data_args, method_args = parse_arguments(argv)
     check_publishing(args, model_args, method_args)
-    may_exist = args.overwrite_output_dir or args.resume_from_checkpoint is not None
-    if os.path.exists(args.output_dir) and os.listdir(args.output_dir) and not may_exist:
-        raise ValueError(f"output_dir={args.output_dir!r} is not empty; choose another or set overwrite_output_dir.")
-    for tracker in args.report_to:
-        # Accelerate would leave out a tracker that is not installed without a word.
-        if tracker not in {known.value for known in get_available_trackers()}:
-            raise ValueError(f"report_to={tracker!r} is no tracker of Accelerate, or its package is not installed.")
-    checkpoints = Checkpoints(f"{args.output_dir}-checkpoints", args.save_steps, args.save_total_limit)
+    folder, overwrite = f"{args.output_dir}-checkpoints", args.overwrite_output_dir
+    checkpoints = Checkpoints(folder, args.save_steps, args.save_total_limit, overwrite)
+    check_run(args, checkpoints)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to or None,
@@ -242,17 +281,15 @@ def run(argv: list[str]) -> tuple[Method, Results]:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
     )
     set_up_sharding(accelerator)
-    if args.overwrite_output_dir and args.resume_from_checkpoint is None and accelerator.is_main_process:
-        checkpoints.store.clear()
-    accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = check_can_push(args.hub_model_id, private=args.hub_private_repo)
     transformers.set_seed(method_args.seed)
     model, image_processor = load_model(model_args)
+    model_args.adapter = choose_adapter(model_args, model)
+    # Before the images, which take longer to read than options to be refused.
+    method = METHODS[args.method](model, method_args, adapter_config(model_args))
     with accelerator.main_process_first():
         scenario = load_scenario(data_args, image_processor, progress=accelerator.is_main_process)
-    model_args.adapter = choose_adapter(model_args, model)
-    method = METHODS[args.method](model, method_args, adapter_config(model_args))
     method_options = {**asdict(model_args), **asdict(data_args), **asdict(method_args)}
     options = {**without_hub(asdict(args)), **method_options}
     # A resumed run is the same run.
@@ -316,9 +353,10 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     try:
         run(sys.argv[1:])
-    except (ValueError, ConnectionError, CheckpointError) as error:
+    except (ValueError, OSError) as error:
         logger.debug("Traceback:", exc_info=True)
-        sys.exit(f"error: {error}")
+        # Other libraries' errors may be of several lines.
+        sys.exit(f"error: {' '.join(str(error).splitlines())}")
 
 
 if __name__ == "__main__":

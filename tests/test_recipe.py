@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,9 +71,10 @@ def small_run(tmp_path, **options):
     return path
 
 
-def fails_with(arguments, *expected):
+def fails_with(arguments, *expected, env=None):
     """Runs the recipe in a new process; it must end in one line that holds all of `expected`."""
-    done = subprocess.run([sys.executable, RECIPE, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, RECIPE, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode != 0
     error = done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -234,6 +236,20 @@ def test_the_papers_recipe_trains_as_the_paper(stage, options, rates):
         schedule.step()
 
 
+def test_lists_on_the_command_line():
+    _, model_args, *_ = parse_arguments(["--flips", "horizontal", "vertical", "--feature_modules"])
+    assert (model_args.flips, model_args.feature_modules) == (["horizontal", "vertical"], [])
+    with pytest.raises(SystemExit):
+        parse_arguments(["--flips", "diagonal"])
+
+
+def test_a_single_value_in_a_file_stands_for_a_list_of_one(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("flips: horizontal\nfeature_modules: layers.0\n")
+    _, model_args, *_ = parse_arguments([str(path)])
+    assert (model_args.flips, model_args.feature_modules) == (["horizontal"], ["layers.0"])
+
+
 def test_every_recipe_file_holds_only_options_that_exist():
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         parse_arguments([str(path)])
@@ -271,6 +287,11 @@ def test_an_unknown_option_on_the_command_line_ends_in_one_line(tmp_path):
         ),
         ({"offload_adapters": "adapters", "merge": "fisher"}, ["merge='fisher'", "'linear', 'uniform'"]),
         ({"offload_adapters": "adapters", "merge": "cat"}, ["merge='cat'", "DynammoConfig", "adapter='conv'"]),
+        ({"adapter": "Conv"}, ["adapter='Conv'", "'conv', 'lora'"]),
+        ({"flips": ["diagonal"]}, ["'diagonal'", "'horizontal'"]),
+        ({"gradient_accumulation_steps": 0}, ["gradient_accumulation_steps=0", "at least 1"]),
+        ({"data_dir": None}, ["'imagefolder' needs data_dir", "train/<class>/"]),
+        ({"data_dir": "nowhere"}, ["data_dir='nowhere' is no folder", "train/<class>/"]),
         ({"adapter": "conv", "lora_rank": 4}, ["adapter='conv'", "lora_rank"]),
         ({"adapter": "lora", "reduction_factor": 4}, ["adapter='lora'", "reduction_factor"]),
     ],
@@ -301,6 +322,51 @@ def test_a_full_output_folder_is_refused_unless_told_otherwise(tmp_path):
     with pytest.raises(ValueError, match="overwrite_output_dir"):
         run([str(path)])
     assert (tmp_path / "out" / "precious.txt").read_text() == "keep"
+
+
+def test_a_run_that_was_to_resume_does_not_replace_another(tmp_path):
+    path = small_run(tmp_path)
+    run([str(path)])
+    shutil.rmtree(tmp_path / "out-checkpoints")
+    with pytest.raises(ValueError, match="overwrite_output_dir"):
+        run([str(path), "--resume_from_checkpoint", "latest"])
+
+
+@pytest.mark.parametrize("option", [["--memory_size", "3"], ["--memory_size", "-1"], ["--data_dir", "nowhere"]])
+def test_bad_options_leave_checkpoints_that_were_to_be_overwritten(tmp_path, option):
+    path = small_run(tmp_path)
+    run([str(path)])
+    kept = sorted((tmp_path / "out-checkpoints").rglob("*"))
+    assert any(file.suffix == ".json" for file in kept)
+    with pytest.raises(ValueError):
+        run([str(path), "--overwrite_output_dir", *option])
+    assert sorted((tmp_path / "out-checkpoints").rglob("*")) == kept
+    run([str(path), "--overwrite_output_dir"])
+
+
+def test_what_is_not_there_ends_in_one_line(tmp_path):
+    fails_with([tmp_path / "none.yaml"], "none.yaml", "No such file")
+    path = small_run(tmp_path)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    fails_with([path, "--model_name_or_path", "models/none"], "'models/none' is no folder here", env=environment)
+
+
+def test_held_out_images_take_the_place_of_a_test_folder(tmp_path):
+    path = small_run(tmp_path)
+    shutil.rmtree(tmp_path / "data" / "test")
+    with pytest.raises(ValueError, match=r"test_split='test' does not exist .* or none with a validation_fraction"):
+        run([str(path)])
+    _, results = run([str(path), "--validation_fraction", "0.34"])
+    assert len(results.references) == 8
+
+
+def test_a_saved_adapter_is_no_backbone(tmp_path):
+    path = small_run(tmp_path)
+    run([str(path)])
+    again = ["--model_name_or_path", str(tmp_path / "out" / "merged"), "--output_dir", str(tmp_path / "again")]
+    with pytest.raises(ValueError, match=r"has adapters already\. To go on .*load_method"):
+        run([str(path), *again])
+    assert not (tmp_path / "again").exists()
 
 
 def test_adapters_of_old_tasks_go_to_the_folder(tmp_path):

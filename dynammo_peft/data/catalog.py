@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Optional
 
 import datasets
@@ -32,8 +33,9 @@ def load_image_dataset(
         `tuple[ImageData, Optional[ImageData]]`: Training and test images: data sets, or streams.
 
     Raises:
-        ValueError: If a split does not exist.
+        ValueError: If a split or the folder does not exist.
     """
+    _check_folder(name, data_dir)
     if name != "digits":
         splits = datasets.load_dataset(name, config_name, data_dir=data_dir, streaming=streaming)
     elif streaming:
@@ -44,9 +46,20 @@ def load_image_dataset(
         if split is not None and split not in splits:
             raise ValueError(
                 f"{option}={split!r} does not exist in data set {name!r}; choose one of {', '.join(splits)}"
-                f"{', or none and a validation_fraction' if option == 'test_split' else ''}."
+                f"{', or none with a validation_fraction' if option == 'test_split' else ''}."
             )
     return splits[train_split], None if test_split is None else splits[test_split]
+
+
+def _check_folder(name: str, data_dir: Optional[str]) -> None:
+    """Raises a `ValueError` if folders of images are asked for and there are none."""
+    if name != "imagefolder":
+        return
+    if data_dir is None:
+        # Otherwise it would be whatever lies in the working directory.
+        raise ValueError("'imagefolder' needs data_dir: a folder with train/<class>/ and test/<class>/.")
+    if "://" not in str(data_dir) and not os.path.isdir(data_dir):
+        raise ValueError(f"data_dir={str(data_dir)!r} is no folder; give one with train/<class>/ and test/<class>/.")
 
 
 def digits() -> datasets.DatasetDict:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Optional
 import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -117,6 +118,9 @@ class AdapterMethod(Method):
         arguments (`AdapterMethodArguments`): Options of the training.
         config (`Optional[HeadConfig]`): The adapters' configuration; its `classes` are filled in. If `None`, one that
             suits the model ([`~dynammo_peft.tuner.default_adapter`]).
+
+    Raises:
+        ValueError: If an option does not exist, or the model has adapters already.
     """
 
     arguments_cls = AdapterMethodArguments
@@ -131,6 +135,8 @@ class AdapterMethod(Method):
         config: Optional[HeadConfig] = None,
     ) -> None:
         super().__init__(model, arguments)
+        if not isinstance(model, PeftModel):
+            _check_plain(model)
         self.config = config if config is not None else TASK_ADAPTERS[default_adapter(model)]()
         if self.config.feature_modules is None and not self.reads_layers:
             self.config = replace(self.config, feature_modules=[])
@@ -146,6 +152,8 @@ class AdapterMethod(Method):
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         super().begin(scenario, accelerator)
+        if not self.adapters:
+            _check_plain(self.model)
         if scenario.groups[: scenario.first_task] != self.groups:
             raise ValueError(
                 f"The scenario goes on behind the tasks {scenario.groups[: scenario.first_task]}, but "
@@ -260,3 +268,12 @@ class AdapterMethod(Method):
             sizes.append(len(set(group) - known))
             known.update(group)
         return tuple(size for size in sizes if size)
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Raises a `ValueError` if a model has adapters, which learning from its first task would forget."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "The model has adapters already. To go on learning where they were learned, load it by "
+            "dynammo_peft.hub.load_method; to begin anew, give the base model."
+        )

@@ -57,16 +57,24 @@ class Checkpoints:
         directory (`Union[str, os.PathLike]`): Where to.
         save_steps (`int`): Training steps between checkpoints of a stage.
         save_total_limit (`int`): How many checkpoints to keep.
+        overwrite (`bool`): Whether a run that resumes from none deletes those of an earlier run, when it begins.
 
     Raises:
         ValueError: If a number is less than 1.
     """
 
-    def __init__(self, directory: Union[str, os.PathLike], save_steps: int = 500, save_total_limit: int = 2) -> None:
+    def __init__(
+        self,
+        directory: Union[str, os.PathLike],
+        save_steps: int = 500,
+        save_total_limit: int = 2,
+        overwrite: bool = False,
+    ) -> None:
         if save_steps < 1:
             raise ValueError(f"save_steps={save_steps} must be at least 1.")
         self.store = CheckpointStore(directory, save_total_limit)
         self.save_steps = save_steps
+        self.overwrite = overwrite
 
     def begin(
         self,
@@ -95,6 +103,10 @@ class Checkpoints:
         self._method, self._accelerator, self._results = method, accelerator, results
         self._run = describe_run(method, scenario, accelerator)
         self._parts: dict[str, str] = {}
+        if self.overwrite and resume_from_checkpoint is None:
+            if accelerator.is_main_process:
+                self.store.clear()
+            accelerator.wait_for_everyone()
         if not self._is_own(resume_from_checkpoint) and self.store.paths():
             raise ValueError(
                 f"{self.store.directory} has checkpoints of an earlier run; resume from them "
