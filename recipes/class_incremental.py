@@ -40,6 +40,7 @@ from dynammo_peft import (
 )
 from dynammo_peft.data import load_image_dataset
 from dynammo_peft.hub import check_can_push, save_model
+from dynammo_peft.methods.two_stage import TwoStageMethod
 from dynammo_peft.training.checkpoint import LATEST
 from dynammo_peft.training.sharded import set_up_sharding
 from dynammo_peft.tuner.head_config import check_choice
@@ -56,6 +57,13 @@ class RunArguments(HubArguments):
     output_dir: str = field(default="outputs/run", metadata={"help": "Folder for the model and results.json."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace output_dir if it is there."})
     save_task_adapters: bool = field(default=False, metadata={"help": "Save every task's adapter too."})
+    save_learning_state: bool = field(
+        default=False,
+        metadata={
+            "help": "Save what it takes to learn further classes later (dynammo_peft.hub.load_method): every task's "
+            "adapter, class statistics and row numbers of exemplars, no image."
+        },
+    )
     eval_batch_size: int = field(default=64, metadata={"help": "Test images a step and process."})
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Processes that read training images ahead; pays where the disk is slow."}
@@ -254,6 +262,8 @@ def check_run(args: RunArguments, checkpoints: Checkpoints) -> None:
     for option in ("eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, option) < 1:
             raise ValueError(f"{option}={getattr(args, option)} must be at least 1.")
+    if args.save_learning_state and not issubclass(METHODS[args.method], TwoStageMethod):
+        raise ValueError(f"method={args.method!r} does not go on learning; leave save_learning_state out.")
     for tracker in args.report_to:
         # Accelerate would leave out a tracker that is not installed without a word.
         if tracker not in {known.value for known in get_available_trackers()}:
@@ -305,7 +315,7 @@ def run(argv: list[str]) -> tuple[Method, Results]:
         resume_from_checkpoint=args.resume_from_checkpoint,
     )
     if accelerator.is_main_process:
-        cost = finish(args, model_args, method, method_args, scenario, image_processor, results, options)
+        cost = finish(args, method, scenario, image_processor, results, options)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     # After the others are done: they need not wait for an upload.
@@ -317,9 +327,7 @@ def run(argv: list[str]) -> tuple[Method, Results]:
 
 def finish(
     args: RunArguments,
-    model_args: ModelArguments,
     method: Method,
-    method_args: Any,
     scenario: ClassIncrementalScenario,
     image_processor: Any,
     results: Results,
@@ -341,8 +349,8 @@ def finish(
         f"parameters against {cost['parameters_base'] / 1e6:.2f} M"
     )
     adapters = list(method.model.peft_config) if args.save_task_adapters else method.inference_adapters
-    trained_backbone = model_args.model_name_or_path is None or getattr(method_args, "train_backbone", False)
-    save_model(method.model, args.output_dir, adapters, image_processor, save_backbone=trained_backbone)
+    learned = method if args.save_learning_state else None
+    save_model(method.model, args.output_dir, adapters, image_processor, learning_state_of=learned)
     results.save(Path(args.output_dir) / "results.json", options=options, cost=cost)
     print(f"Saved to {args.output_dir}: {', '.join(adapters)}")
     return cost

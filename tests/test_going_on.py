@@ -1,6 +1,7 @@
 """Learning goes on: in a scenario that begins behind tasks learned before, with a method's restored state."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -23,7 +24,15 @@ from dynammo_peft import (
     DynammoConfig,
 )
 from dynammo_peft.data import ClassStatistics
-from dynammo_peft.hub import CardFacts, from_pretrained, load_method, push_to_hub, save_learning_state, save_pretrained
+from dynammo_peft.hub import (
+    CardFacts,
+    from_pretrained,
+    load_method,
+    push_to_hub,
+    save_learning_state,
+    save_model,
+    save_pretrained,
+)
 
 
 NAMES = [f"class {index}" for index in range(6)]
@@ -109,6 +118,60 @@ def test_going_on_elsewhere_is_as_if_nothing_had_happened(options, tmp_path):
     assert again.groups == [[*NAMES[:4]], NAMES[4:]]
     assert again.learned == NAMES[:4]
     assert method.exemplar_rows == uninterrupted.exemplar_rows
+
+
+@pytest.mark.parametrize("base", ["new", "folder", "trained"])
+@pytest.mark.parametrize("options", [{}, {"memory_size": 0, "offload_adapters": "adapters"}])
+def test_going_on_from_a_folder_needs_no_hub(base, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model("vit").save_pretrained("base")
+    options = {**options, "train_backbone": base == "trained"}
+    uninterrupted, method = (
+        Dynammo(
+            tiny_model("vit") if base == "new" else AutoModelForImageClassification.from_pretrained("base"),
+            small(**{**options, **({"offload_adapters": name} if "offload_adapters" in options else {})}),
+        )
+        for name in ("whole", "adapters")
+    )
+    fit(uninterrupted, scenario(3))
+    fit(method, scenario(2))
+    before = method.model.state_dict()
+    save_model(method.model, "cells", method.inference_adapters, tiny_processor(), learning_state_of=method)
+    assert (tmp_path / "cells" / "backbone").exists() == (base != "folder")
+    # What was saved does not hang on what is left out of it.
+    shutil.rmtree("adapters", ignore_errors=True)
+    monkeypatch.chdir("cells")
+    again = load_method(tmp_path / "cells")
+    if "offload_adapters" not in options:
+        assert_equal_models(again.model, method.model)
+    assert all(torch.equal(value, before[key]) for key, value in method.model.state_dict().items())
+    rows = {"exemplar_rows": again.exemplar_rows} if again.exemplar_rows else {}
+    fit(again, scenario(1, learned=2, **rows))
+    images = tiny_images("vit")
+    # Where files are read into memory decides how sums are rounded.
+    torch.testing.assert_close(again.logits(images), uninterrupted.logits(images), rtol=1e-4, atol=1e-4)
+
+
+def test_who_saves_a_state_of_another_model_is_told(tmp_path):
+    methods = [dynammo(), dynammo()]
+    for method in methods:
+        fit(method, scenario(1))
+    with pytest.raises(ValueError, match="learning_state_of is a method of another model"):
+        save_model(methods[0].model, tmp_path / "cells", ["merged"], learning_state_of=methods[1])
+    with pytest.raises(ValueError, match="give learning_state_of the method"):
+        save_model(methods[0].model, tmp_path / "cells", ["merged"], include_exemplars=True)
+    assert not (tmp_path / "cells").exists()
+
+
+def test_a_model_with_adapters_is_no_base_model(tmp_path):
+    method = dynammo()
+    fit(method, scenario(1))
+    save_model(method.model, tmp_path / "cells", ["merged"])
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "cells" / "merged")
+    with pytest.raises(ValueError, match="has adapters already.*load_method"):
+        Dynammo(plain, small())
+    with pytest.raises(ValueError, match="has adapters already.*load_method"):
+        fit(Dynammo(method.model, small()), scenario(1))
 
 
 ELSEWHERE = """

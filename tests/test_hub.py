@@ -65,8 +65,15 @@ def test_who_saves_an_adapter_without_the_backbone_that_was_trained_is_told(conf
             model.save_pretrained(tmp_path, selected_adapters=[name])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        save_model(model, tmp_path / "whole", ["merged"], save_backbone=True)
-        # Who names that folder as the base model loads the right one.
+        save_model(model, tmp_path / "whole", ["merged"])
+    assert (tmp_path / "whole" / "backbone" / "model.safetensors").is_file()
+    saved = json.loads((tmp_path / "whole" / "merged" / "adapter_config.json").read_text())
+    assert (saved["base_model_name_or_path"], saved["backbone_trained"]) == (
+        str(tmp_path / "whole" / "backbone"),
+        False,
+    )
+    # The model itself is as it was, so that the next one who saves an adapter alone is told too.
+    with pytest.warns(UserWarning, match="The backbone was trained"):
         model.save_pretrained(tmp_path, selected_adapters=["merged"])
 
 

@@ -22,6 +22,7 @@ from backbone import ModelArguments, adapter_config, choose_adapter  # noqa: E40
 from class_incremental import parse_arguments, run  # noqa: E402
 
 from dynammo_peft import DynammoConfig, DynammoLoraConfig  # noqa: E402
+from dynammo_peft.hub import load_method  # noqa: E402
 
 
 LOAD = """
@@ -287,6 +288,7 @@ def test_an_unknown_option_on_the_command_line_ends_in_one_line(tmp_path):
         ),
         ({"offload_adapters": "adapters", "merge": "fisher"}, ["merge='fisher'", "'linear', 'uniform'"]),
         ({"offload_adapters": "adapters", "merge": "cat"}, ["merge='cat'", "DynammoConfig", "adapter='conv'"]),
+        ({"method": "joint", "save_learning_state": True}, ["method='joint'", "save_learning_state"]),
         ({"adapter": "Conv"}, ["adapter='Conv'", "'conv', 'lora'"]),
         ({"flips": ["diagonal"]}, ["'diagonal'", "'horizontal'"]),
         ({"gradient_accumulation_steps": 0}, ["gradient_accumulation_steps=0", "at least 1"]),
@@ -358,6 +360,16 @@ def test_held_out_images_take_the_place_of_a_test_folder(tmp_path):
         run([str(path)])
     _, results = run([str(path), "--validation_fraction", "0.34"])
     assert len(results.references) == 8
+
+
+def test_learning_goes_on_from_what_a_run_has_saved(tmp_path):
+    path = small_run(tmp_path)
+    method, _ = run([str(path), "--save_learning_state"])
+    again = load_method(tmp_path / "out")
+    assert again.groups == [["class 0", "class 1"], ["class 2", "class 3"]]
+    pixels = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(again.logits(pixels), method.logits(pixels))
 
 
 def test_a_saved_adapter_is_no_backbone(tmp_path):

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils.save_and_load import get_base_model_state_dict
 from transformers import PreTrainedModel
 
 from ..folders import replaced_folder
+from ..methods.offload import AdapterFolder
+from ..methods.two_stage import TwoStageMethod
+from .learning import save_learning_state
 
 
 BACKBONE = "backbone"
@@ -42,35 +47,102 @@ def save_model(
     directory: Union[str, os.PathLike],
     adapters: Sequence[str],
     image_processor: Optional[Any] = None,
-    save_backbone: bool = False,
+    save_backbone: Optional[bool] = None,
+    learning_state_of: Optional[TwoStageMethod] = None,
+    include_exemplars: bool = False,
 ) -> None:
     """
-    Saves adapters with their heads, and what else is needed to use them.
+    Saves adapters with their heads, and what else is needed to use them on this machine, or to go on learning.
 
     Writes `<adapter>/adapter_model.safetensors` and its configuration for each adapter, `preprocessor_config.json`,
-    and the backbone into `backbone/` if wanted. A save that fails leaves the directory as it was.
+    and the backbone into `backbone/` if it is not as it was loaded. Where the backbone was loaded from, or was saved,
+    is written down as a place on this machine; for others there is [`save_pretrained`]. A save that fails leaves the
+    directory as it was.
 
     Args:
-        model (`PeftModel`): The model.
+        model (`PeftModel`): The model; left as it is.
         directory (`Union[str, os.PathLike]`): Where to; replaced if it exists.
         adapters (`Sequence[str]`): Names of the adapters.
         image_processor (`Optional[BaseImageProcessor]`): The image processor that the model was trained with.
-        save_backbone (`bool`): Whether the backbone was changed (or never saved) and must go along.
+        save_backbone (`Optional[bool]`): Whether the backbone goes along; if `None`, one that is new or was trained.
+        learning_state_of (`Optional[TwoStageMethod]`): The method whose model it is, to go on learning later
+            ([`load_method`]): all task adapters, row numbers of exemplars and class statistics go along.
+        include_exemplars (`bool`): Whether the exemplars' images go along too.
+
+    Raises:
+        ValueError: If an adapter does not exist, or the method is of another model or has learned nothing.
+
+    Example:
+
+        ```py
+        >>> save_model(method.model, "cells", method.inference_adapters, image_processor, learning_state_of=method)
+        >>> method = load_method("cells")
+        ```
     """
+    if learning_state_of is not None:
+        if learning_state_of.model is not model:
+            raise ValueError("learning_state_of is a method of another model; give the one whose model is saved.")
+        adapters = list(dict.fromkeys([*adapters, *learning_state_of.adapters]))
+    elif include_exemplars:
+        raise ValueError("include_exemplars is for going on to learn; give learning_state_of the method.")
     target = Path(directory).resolve()
+    if save_backbone is None:
+        save_backbone = _is_new_or_trained(model)
+    stored = [name for name in adapters if name not in model.peft_config and learning_state_of is not None]
     with replaced_folder(target) as partial:
         if save_backbone:
             base_model(model).save_pretrained(partial / BACKBONE)
-        base = model.get_base_model().name_or_path
-        for name in adapters:
-            config = model.peft_config[name]
-            if save_backbone:
-                config.base_model_name_or_path, config.backbone_trained = str(target / BACKBONE), False
-            elif os.path.isdir(base):
-                # A relative path would hold only for who starts from the same folder.
-                config.base_model_name_or_path = os.path.abspath(base)
-        # There are no embeddings of words, so PEFT need not look for the base model's vocabulary.
-        model.save_pretrained(partial, selected_adapters=list(adapters), save_embedding_layers=False)
+        place = str(target / BACKBONE) if save_backbone else _place(model)
+        with _backbone_at(model, place, save_backbone):
+            # There are no embeddings of words, so PEFT need not look for the base model's vocabulary.
+            in_model = [name for name in adapters if name not in stored]
+            model.save_pretrained(partial, selected_adapters=in_model, save_embedding_layers=False)
+        for name in stored:
+            _copy_stored(learning_state_of.folder, name, partial / name, place, save_backbone)
         if image_processor is not None:
             for folder in (partial, *(partial / name for name in adapters)):
                 image_processor.save_pretrained(folder)
+        if learning_state_of is not None:
+            save_learning_state(learning_state_of, partial, include_exemplars)
+
+
+def _is_new_or_trained(model: PeftModel) -> bool:
+    """Whether the backbone is nowhere as it is now."""
+    new = not getattr(model.get_base_model(), "name_or_path", "")
+    return new or any(getattr(config, "backbone_trained", False) for config in model.peft_config.values())
+
+
+def _place(model: PeftModel) -> str:
+    """Where the backbone was loaded from."""
+    name = model.get_base_model().name_or_path
+    # A relative path would hold only for who starts from the same folder.
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+@contextmanager
+def _backbone_at(model: PeftModel, place: str, saved: bool) -> Iterator[None]:
+    """The configurations of a model's adapters say that its backbone is in a place, for a while."""
+    before = {name: copy.copy(config) for name, config in model.peft_config.items()}
+    for config in model.peft_config.values():
+        _set_backbone(config, place, saved)
+    try:
+        yield
+    finally:
+        for name, config in model.peft_config.items():
+            for option in ("base_model_name_or_path", "backbone_trained"):
+                if hasattr(before[name], option):
+                    setattr(config, option, getattr(before[name], option))
+
+
+def _set_backbone(config: PeftConfig, place: str, saved: bool) -> None:
+    config.base_model_name_or_path = place or config.base_model_name_or_path
+    if saved:
+        config.backbone_trained = False
+
+
+def _copy_stored(stored: AdapterFolder, name: str, folder: Path, place: str, saved: bool) -> None:
+    """Copies an adapter that is not in the model."""
+    shutil.copytree(stored.path / name, folder)
+    config = copy.deepcopy(stored.configs[name])
+    _set_backbone(config, place, saved)
+    config.save_pretrained(folder)

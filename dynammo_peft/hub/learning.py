@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,7 +31,7 @@ def save_learning_state(
     method: TwoStageMethod, directory: Union[str, os.PathLike], include_exemplars: bool = False
 ) -> list[str]:
     """
-    Writes beside a model's task adapters what `load_method` needs to go on learning.
+    Writes beside a model's task adapters what `load_method` needs to go on learning; [`save_model`] writes both.
 
     That is the options, which rows of the training data are exemplars, and the class statistics; no name of a file,
     and no image unless asked for. The mean of a class of one image is that image's features; a warning names such
@@ -78,7 +79,7 @@ def load_method(
     **arguments: Any,
 ) -> TwoStageMethod:
     """
-    A method as it was when its model was published with task adapters, to learn further tasks.
+    A method as it was when its model was published or saved with `learning_state_of`, to learn further tasks.
 
     Args:
         repo_id_or_path (`Union[str, os.PathLike]`): Repository on the Hub, or a folder.
@@ -100,7 +101,7 @@ def load_method(
         >>> method = load_method("me/cells")
         >>> scenario = ClassIncrementalScenario(train, test, processor, groups=[["basophil"]], learned=method.groups)
         >>> Learner(method).fit(scenario)
-        >>> push_to_hub(method, "me/cells", image_processor=processor)
+        >>> push_to_hub(method.model, "me/cells", image_processor=processor, learning_state_of=method)
         ```
     """
     source, where = str(repo_id_or_path), {"revision": revision, "token": token}
@@ -112,7 +113,9 @@ def load_method(
     for name in others:
         load_adapter(model, source, name, name, **where)
     if method_cls is Dynammo:
-        load_adapter(model, source, MERGED, **where)
+        # At the top where it was published, beside the others where it was saved.
+        at_the_top = find_file(source, CONFIG_NAME, **where) is not None
+        load_adapter(model, source, MERGED, None if at_the_top else MERGED, **where)
     config = replace(model.peft_config[first], classes=None, inference_mode=False)
     method = method_cls(model, options, config)
     try:
@@ -142,7 +145,8 @@ def _read_state(source: str, where: Mapping[str, Any]) -> dict[str, Any]:
     path = find_file(source, STATE, **where)
     if path is None:
         raise ValueError(
-            f"{source} has no {STATE}: it was published for use only. Publish with task adapters to go on learning."
+            f"{source} has no {STATE}: it was published for use only. To go on learning, publish by push_to_hub(..., "
+            "learning_state_of=method), or save by save_model(..., learning_state_of=method)."
         )
     try:
         state = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -52,7 +52,7 @@ def published_base(
         raise ValueError(
             f"The base model {name or model.get_base_model().name_or_path!r} is new or in a folder of this machine, "
             "so others could not load an adapter of it; publish form='standalone', or name the repository that the "
-            "folder is a copy of by base_model='owner/name'."
+            "folder is a copy of by base_model='owner/name'. For this machine alone there is save_model."
         )
     check_repository("base_model", name)
     differing, commit, failure = "", None, None
@@ -87,7 +87,7 @@ def _resolve(name: str, revision: Optional[str], token: Optional[str], cached: b
         except RevisionResolutionError as error:
             if cached:
                 return None
-            raise ConnectionError(f"The Hub does not answer about the base model {name!r}; push again.") from error
+            raise ConnectionError(f"The Hub does not answer about the base model {name!r}; try again.") from error
 
 
 def _load(model: PeftModel, name: str, commit: str, token: Optional[str]) -> PreTrainedModel:
