@@ -73,7 +73,7 @@ def check_publishing(args: Any, model_args: Any, method_args: Any) -> None:
     reads_layers = METHODS[args.method].reads_layers and model_args.feature_modules is None
     if reads_layers or model_args.feature_modules:
         raise ValueError(
-            "hub_form='stock' has no place for features of several layers; set 'feature_modules: []' in the YAML file."
+            "hub_form='stock' has no place for features of several layers; give --feature_modules without a value."
         )
     if model_args.flips:
         raise ValueError("hub_form='stock' is a plain model, which averages over no mirror images; leave out flips.")

@@ -251,6 +251,17 @@ def test_acl_goes_on(tmp_path):
     assert_equal_models(method.model, methods[0].model)
 
 
+def test_acl_classifies_as_a_whole_once_it_is_loaded(tmp_path):
+    method = ACL(tiny_model("vit"), AdapterMethodArguments(memory_size=12, adapter_epochs=1))
+    fit(method, scenario(2))
+    save_model(method.model, tmp_path / "cells", method.inference_adapters, learning_state_of=method)
+    images = tiny_images("vit")
+    with torch.no_grad():
+        logits = load_method(tmp_path / "cells").logits(images)
+        torch.testing.assert_close(logits, method.logits(images))
+    assert logits.shape[1] == 4
+
+
 def test_options_can_be_changed(tmp_path):
     method = dynammo()
     fit(method, scenario(1))
