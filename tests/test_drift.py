@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dynammo_peft.data import choose_ridge, drift, fit_affine_map, fit_correction
+from dynammo_peft.data import ClassStatistics, choose_ridge, drift, fit_affine_map, fit_correction
 
 
 def drifting(images, features=12, classes=7, offset=0.0, dtype=torch.float64, seed=0):
@@ -144,3 +144,12 @@ def test_memory_is_for_matrices_and_a_chunk_but_not_for_all_images(monkeypatch, 
     # Of an image, numbers such as its class and whether it is held out.
     allowed = 8 * (8 * width * width + 6 * 100 * width + 5 * count)
     assert 8 * width * width < memory.peak < allowed < 8 * count * width / 4
+
+
+def test_statistics_take_in_one_class_at_a_time():
+    count, width = 20000, 40
+    features, _, labels = drifting(count, width, classes=100, dtype=torch.float32)
+    with PeakMemory(features, labels) as memory:
+        ClassStatistics().update(features, labels)
+    # Less than all of them in double precision; that all are finite is found in single.
+    assert memory.peak < 8 * count * width

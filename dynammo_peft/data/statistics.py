@@ -84,9 +84,9 @@ class ClassStatistics:
         """
         self._check(features, labels)
         views = len(features) if features.dim() == 3 else 1
-        features, labels = features.detach().double().cpu(), labels.cpu()
+        features, labels = features.detach().cpu(), labels.cpu()
         for label in labels.unique().tolist():
-            own = features[..., labels == label, :].flatten(0, -2)
+            own = features[..., labels == label, :].flatten(0, -2).double()
             mean = own.mean(dim=0)
             self._scatter(label, len(mean)).add((own - mean) / views**0.5)
             self._add_mean(label, len(own) // views, mean)
