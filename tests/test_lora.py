@@ -221,6 +221,64 @@ def test_bad_configuration(options, message):
         DynammoLoraConfig(**options)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit", {"target_modules": ["q_porj"]}, r"no module target_modules=\['q_porj'\]"),
+        ("vit", {"target_modules": ["v_proj", "q_porj"]}, r"no module target_modules=\['q_porj'\]"),
+        ("vit", {"target_modules": []}, r"but its head matches target_modules=\[\], so that no adapter"),
+        ("vit", {"target_modules": ["classifier"]}, r"but its head matches target_modules=\['classifier'\]"),
+        ("vit", {"target_modules": r".*\.q_porj"}, r"but its head matches target_modules='\.\*"),
+        ("vit", {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"exclude_modules=\{'q_proj'\}, so"),
+        ("vit", {"target_modules": ["q_proj"], "layers_to_transform": [99]}, r" with layers_to_transform=\[99\], so"),
+        # Its convolutions are not linear, and its head is.
+        ("resnet_basic", {"target_modules": "all-linear"}, "but its head matches target_modules='all-linear'"),
+    ],
+)
+def test_targets_that_the_base_model_does_not_have(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(tiny_model(name), config(["a", "b"], **options), "task_000")
+    model = get_peft_model(tiny_model(name), config(["a", "b"]), "task_000")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("task_001", config(["c"], **options))
+    assert list(model.peft_config) == ["task_000"]
+    assert model.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.q_proj"},
+        {"target_modules": ["q_proj", "classifier"]},
+        {"target_modules": ["layers.0.attention.q_proj"]},
+        {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.attention.q_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 1]},
+    ],
+)
+def test_targets_that_the_base_model_has(options, tmp_path):
+    model = get_peft_model(tiny_model("vit"), config(["a", "b"], **options), "task_000")
+    # Where layers stand in for modules already.
+    model.add_adapter("task_001", config(["c"], **options))
+    assert all({"task_000", "task_001"} <= set(layer.lora_A) for layer in lora_layers(model))
+    assert lora_layers(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("vit"), tmp_path / "task_000")
+    loaded.load_adapter(tmp_path / "task_001", "again", is_trainable=True)
+    assert len(lora_layers(loaded)) == len(lora_layers(model))
+
+
+def test_an_adapter_of_a_file_is_used_though_a_target_is_missing(tmp_path):
+    model = get_peft_model(tiny_model("vit"), config(["a", "b"], target_modules=["q_proj"]), "task_000")
+    model.peft_config["task_000"].target_modules = {"q_proj", "q_porj"}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("vit"), tmp_path / "task_000")
+    assert len(lora_layers(loaded)) == 5
+    with pytest.raises(ValueError, match="q_porj"):
+        PeftModel.from_pretrained(tiny_model("vit"), tmp_path / "task_000", is_trainable=True)
+
+
 def test_learned_weights_are_taken_as_they_were_learned():
     model = two_tasks()
     names = ["task_000", "task_001"]

@@ -864,3 +864,10 @@ def test_copy_adapter_between_different_ones(target, arguments, message):
     with pytest.raises(ValueError, match=message):
         model.base_model.copy_adapter("task_000", target)
     assert_equal(dict(model.state_dict()), before)
+
+
+def test_blocks_that_the_base_model_does_not_have():
+    config = DynammoConfig(classes=["cat"], target_modules=["layers.0", "layers.99"])
+    with pytest.raises(ValueError, match=r"no module target_modules=\['layers.99'\]; take that out"):
+        get_peft_model(tiny_model("vit"), config)
+    assert adapted("vit", target_modules=["layers.0"]).peft_config.keys() == {"task_000"}

@@ -24,6 +24,7 @@ from .mergeable import MergeableTuner
 from .modes import adapters_bypassed, freeze_mode
 from .names import base_modules, check_adapter_name, find_base_module
 from .standardisation import Standardisation
+from .targets import check_targets
 
 
 class HeadTuner(MergeableTuner):
@@ -73,6 +74,9 @@ class HeadTuner(MergeableTuner):
 
     def _prepare_model(self, peft_config: HeadConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
+        # What is loaded to be used is as it was trained.
+        if not peft_config.inference_mode:
+            check_targets(peft_config, model)
         if not hasattr(self, "_probe"):
             self._base_labels = BaseLabels(model)
         self._probe: Probe = self._probe_parts(peft_config, model, [])
