@@ -318,6 +318,15 @@ def test_errors(arguments, message):
     assert model.active_adapters == ["task_000"]
 
 
+def test_statistics_that_are_not_finite_are_not_merged():
+    model = with_adapters("vit")
+    key = next(key for key in adapter_tensors(model, "task_001") if key.endswith("running_var"))
+    adapter_tensors(model, "task_001")[key][0] = float("inf")
+    with pytest.raises(ValueError, match=f"Adapter 'task_001' has NaN or infinity in '{key}'"):
+        model.add_weighted_adapter(["task_000", "task_001"])
+    assert list(model.peft_config) == ["task_000", "task_001"]
+
+
 def test_further_trained_modules_are_merged():
     model = with_adapters("vit", modules_to_save=["layernorm"])
     saved = model.base_model.model.vit.layernorm.modules_to_save

@@ -31,7 +31,9 @@ from dynammo_peft.merging import (
     adapted_base,
     adapter_slots,
     adapter_tensors,
+    learn_merge_weights,
     merge_adapters,
+    merge_into,
     set_adapter_tensors,
 )
 from dynammo_peft.merging import merge as merge_module
@@ -449,6 +451,26 @@ def test_unusable_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         merge_adapters(model, **{"adapters": ["a0", "a1"], **arguments})
     assert list(model.peft_config) == ["a0", "a1"]
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_adapters_that_are_not_finite(value, dtype):
+    model = with_adapters(LoraConfig(**LORA), LoraConfig(**LORA), LoraConfig(**LORA)).to(dtype)
+    merge_adapters(model, ["a0", "a2"], adapter_name="merged")
+    key = list(adapter_tensors(model, "a1"))[-1]
+    adapter_tensors(model, "a1")[key].view(-1)[-1] = value
+    before = {name: tensor.clone() for name, tensor in adapter_tensors(model, "merged").items()}
+    batches = [tiny_images("vit").to(dtype)]
+    for merge in (
+        lambda: merge_adapters(model, ["a0", "a1"], combination_type="ties", density=0.5),
+        lambda: merge_adapters(model, ["a0", "a1"], combination_type="cat"),
+        lambda: merge_into(model, "merged", "a1", 2),
+        lambda: learn_merge_weights(model, ["a0", "a1"], batches, objective="entropy", progress=False),
+    ):
+        with pytest.raises(ValueError, match=f"Adapter 'a1' has NaN or infinity in '{key}'; leave it out"):
+            merge()
+    assert_same(adapter_tensors(model, "merged"), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["weight", "layers", "0", "classifier", "lora_A", "base_layer", "modules_to_save"])

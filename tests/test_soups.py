@@ -218,6 +218,16 @@ def test_adapters_that_are_not_alike(change, message):
         hierarchical_soup({"0.1": [first], "0.2": [change(other)]}, lambda tensors: float("nan"))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_adapters_that_are_not_finite(value):
+    adapters = points(1, 2, value)
+    for make in (average_adapters, lambda given: greedy_soup(given, near(0))):
+        with pytest.raises(ValueError, match="Adapter 2 has NaN or infinity in 'a'; leave it out"):
+            make(adapters)
+    with pytest.raises(ValueError, match=r"Adapter '0.2\[1\]' has NaN or infinity in 'a'"):
+        hierarchical_soup({"0.1": adapters[:1], "0.2": adapters[1:]}, near(0))
+
+
 def test_unusable_arguments():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     for make in (CyclicSnapshots, lambda steps: cyclic_schedule(optimizer, steps)):

@@ -210,6 +210,26 @@ def _check_tensors(model: AdaptedModel, adapters: Sequence[str]) -> None:
             if field in TARGET_FIELDS:
                 _raise_differing(adapters[0], name, field, getattr(first, field), getattr(config, field))
     check_shapes(tensors, adapters)
+    check_finite(tensors, adapters)
+
+
+def check_finite(adapters: Sequence[AdapterTensors], names: Sequence[Union[str, int]]) -> None:
+    """Raises a `ValueError` if a tensor holds NaN or infinity, which a merge would spread.
+
+    Args:
+        adapters (`Sequence[AdapterTensors]`): The adapters' tensors.
+        names (`Sequence[Union[str, int]]`): What to call the adapters.
+    """
+    # All are asked before the first answer is waited for: a GPU goes through them without a pause.
+    answers = [
+        (name, key, tensor.detach().isfinite().all())
+        for name, own in zip(names, adapters)
+        for key, tensor in own.items()
+        if tensor.is_floating_point() and not tensor.is_meta
+    ]
+    for name, key, answer in answers:
+        if not answer.item():
+            raise ValueError(f"Adapter {name!r} has NaN or infinity in {key!r}; leave it out, or train it again.")
 
 
 def check_shapes(adapters: Sequence[AdapterTensors], names: Sequence[Union[str, int]]) -> None:

@@ -65,9 +65,9 @@ def merge_adapters(
         options: Keyword-only arguments of that function, as `density`.
 
     Raises:
-        ValueError: If an adapter does not exist or is built differently from the first, weights are unusable or of
-            other adapters, a function or option does not exist, is missing or unusable, or PEFT cannot make an adapter
-            like the first.
+        ValueError: If an adapter does not exist, is built differently from the first or holds NaN or infinity, weights
+            are unusable or of other adapters, a function or option does not exist, is missing or unusable, or PEFT
+            cannot make an adapter like the first.
 
     Example:
 
@@ -208,7 +208,7 @@ def merge_into(
 
     Raises:
         ValueError: If the function needs all adapters at once, or the first one and it is not given, or an adapter
-            does not exist or is built differently.
+            does not exist, is built differently, or holds NaN or infinity.
     """
     function = check_runs(combination_type)
     function.check_options(options)

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .adapters import AdapterTensors, Slot, adapter_tensors
-from .checks import check_shapes
+from .checks import check_finite, check_shapes
 from .merge import combine
 
 
@@ -55,7 +55,6 @@ class HierarchicalSoup:
     groups: dict[str, Soup]
 
 
-@torch.no_grad()
 def average_adapters(adapters: Sequence[AdapterTensors], slots: Optional[Mapping[str, Slot]] = None) -> AdapterTensors:
     """The mean of adapters, with statistics as in a merge.
 
@@ -68,9 +67,15 @@ def average_adapters(adapters: Sequence[AdapterTensors], slots: Optional[Mapping
         `AdapterTensors`: Their mean; no view of any of them.
 
     Raises:
-        ValueError: If there are no adapters, or they differ in the names or shapes of their tensors.
+        ValueError: If there are no adapters, they differ in the names or shapes of their tensors, or one holds NaN or
+            infinity.
     """
     _check_alike(adapters)
+    return _average(adapters, slots)
+
+
+@torch.no_grad()
+def _average(adapters: Sequence[AdapterTensors], slots: Optional[Mapping[str, Slot]]) -> AdapterTensors:
     if slots is None:
         slots = {
             key: Slot(key, "", "", 0, "parameter" if tensor.is_floating_point() else "statistic")
@@ -95,19 +100,17 @@ def greedy_soup(adapters: Sequence[AdapterTensors], score: Score, slots: Optiona
         [`Soup`]: The mean and what went into it.
 
     Raises:
-        ValueError: If there are no adapters, they differ in the names or shapes of their tensors, or a score is not a
-            number.
+        ValueError: If there are no adapters, they differ in the names or shapes of their tensors, one holds NaN or
+            infinity, or a score is not a number.
     """
     _check_alike(adapters)
-    scores = [
-        _checked(score(average_adapters([adapter], slots)), f"Adapter {i}") for i, adapter in enumerate(adapters)
-    ]
+    scores = [_checked(score(_average([adapter], slots)), f"Adapter {i}") for i, adapter in enumerate(adapters)]
     # A stable order: of equals the first given comes first.
     best, *others = sorted(range(len(adapters)), key=lambda place: -scores[place])
-    soup = Soup(average_adapters([adapters[best]], slots), (best,), scores[best])
+    soup = Soup(_average([adapters[best]], slots), (best,), scores[best])
     for place in others:
         ingredients = (*soup.ingredients, place)
-        tensors = average_adapters([adapters[i] for i in ingredients], slots)
+        tensors = _average([adapters[i] for i in ingredients], slots)
         found = _checked(score(tensors), f"The mean of adapters {ingredients}")
         if found >= soup.score:
             soup = Soup(tensors, ingredients, found)
@@ -132,8 +135,8 @@ def hierarchical_soup(
         [`HierarchicalSoup`]: The mean and what went into it.
 
     Raises:
-        ValueError: If there are no groups, one is empty, adapters differ in the names or shapes of their tensors, or a
-            score is not a number.
+        ValueError: If there are no groups, one is empty, adapters differ in the names or shapes of their tensors, one
+            holds NaN or infinity, or a score is not a number.
     """
     for name, adapters in groups.items():
         if not adapters:
@@ -150,7 +153,9 @@ def _check_alike(adapters: Sequence[AdapterTensors], names: Optional[Sequence[st
     """Raises a `ValueError` unless there are adapters, alike; without names they are called by their places."""
     if not adapters:
         raise ValueError("No adapters for a soup; give at least one.")
-    check_shapes(adapters, range(len(adapters)) if names is None else names)
+    names = range(len(adapters)) if names is None else names
+    check_shapes(adapters, names)
+    check_finite(adapters, names)
 
 
 def _checked(score: float, what: str) -> float:
