@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,6 +267,49 @@ def test_statistics_of_modules_to_save():
     for tensor, shares in {"weight": (1, 3), "running_var": (0.25, 0.75), "num_batches_tracked": (1, 1)}.items():
         key = next(key for key in merged if key.endswith(f"normalization.modules_to_save.{tensor}"))
         torch.testing.assert_close(merged[key], (shares[0] * own[0][key] + shares[1] * own[1][key]).to(merged[key]))
+
+
+def classifier_and_lora(count=2):
+    return with_adapters(*[LoraConfig(**LORA, modules_to_save=["classifier"]) for _ in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"combination_type": "ties", "density": 0.5}, "'ties' prunes classifier of modules_to_save.*; give base="),
+        ({"combination_type": "dare_linear", "density": 0.5}, "'dare_linear' prunes classifier"),
+        ({"weights": [1.0, 1.0]}, "scales classifier of modules_to_save by 2, the sum of the weights"),
+        ({"weights": [0.5, 0.4], "combination_type": "cat"}, "scales classifier of modules_to_save by 0.9"),
+    ],
+)
+def test_pruned_or_scaled_modules_to_save(arguments, message):
+    model = classifier_and_lora()
+    with pytest.warns(UserWarning, match=message) as caught:
+        merge_adapters(model, ["a0", "a1"], **arguments)
+    assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
+
+
+def test_means_of_modules_to_save(recwarn):
+    model = classifier_and_lora()
+    names, tensors = ["a0", "a1"], [adapter_tensors(model, name) for name in ("a0", "a1")]
+    base = {key: tensor.clone() for key, tensor in tensors[0].items()}
+    fisher = [{key: tensor.square() for key, tensor in own.items()} for own in tensors]
+    for arguments in (
+        {},
+        {"weights": [0.75, 0.25]},
+        {"weights": [0.75, 0.25], "combination_type": "cat"},
+        {"combination_type": "uniform"},
+        {"weights": [2.0, 1.0], "combination_type": "fisher", "fisher": fisher},
+        {"combination_type": "ties", "density": 0.5, "base": base},
+    ):
+        merge_adapters(model, names, **arguments)
+    # From the base on, half of the difference is taken, and nothing of the base is lost.
+    key = "classifier.modules_to_save.weight"
+    added = adapter_tensors(model, "merged")[key] - base[key]
+    assert (added == 0).sum() == added.numel() // 2
+    # Nothing of it is there without such modules.
+    merge_adapters(with_adapters(LoraConfig(**LORA), LoraConfig(**LORA)), names, [1.0, 1.0])
+    assert not [warning for warning in recwarn if "modules_to_save" in str(warning.message)]
 
 
 class Window(nn.Module):

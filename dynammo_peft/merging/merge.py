@@ -21,6 +21,7 @@ from .checks import check_constants, check_mergeable
 from .creation import check_made, create_adapter, create_concatenated
 from .functions import average_statistics
 from .registry import COMBINATIONS, MergeFunction, check_runs, find_combination
+from .replacing import warn_of_replacing_modules
 from .scalings import SCALED, scalings_of, scalings_over
 from .state import adapter_replaced, tuner_of
 from .weights import MergeWeights
@@ -59,7 +60,8 @@ def merge_adapters(
             A weight for each, or learned ones, which give the adapter again that `learn_merge_weights` made. If
             `None`, `1 / len(adapters)`, or 1 where the function averages by itself (`"ties"`).
             What replaces a tensor of the base model instead of being added to it (LN tuning, `modules_to_save`,
-            DoRA's magnitudes, IA3's factors) is scaled by weights that do not sum to one.
+            DoRA's magnitudes, IA3's factors) is scaled by weights that do not sum to one, and pruned like all else;
+            of `modules_to_save` a warning says so.
         adapter_name (`str`): Name of the new adapter.
         combination_type (`str`): A key of `COMBINATIONS`; or `"cat"`, of LoRA.
         options: Keyword-only arguments of that function, as `density`.
@@ -102,6 +104,9 @@ def merge_adapters(
         set_adapter_tensors(model, adapter_name, merged)
         if isinstance(weights, MergeWeights):
             keep_weights(model, adapter_name, weights)
+    if not isinstance(weights, MergeWeights):
+        mixture = function.check_weights(weights, len(adapters))
+        warn_of_replacing_modules(model, slots, mixture, function, options, stacklevel=3)
 
 
 def _concatenate(
@@ -136,6 +141,8 @@ def _concatenate(
         set_adapter_tensors(model, adapter_name, merged)
         if isinstance(weights, MergeWeights):
             keep_weights(model, adapter_name, weights)
+    if not isinstance(weights, MergeWeights):
+        warn_of_replacing_modules(model, slots, mixture, function, options, stacklevel=4)
 
 
 def _side_by_side(
