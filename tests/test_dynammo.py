@@ -653,10 +653,31 @@ def test_augmented_views_widen_the_statistics():
     ("options", "config", "words"),
     [
         ({"memory_size": 0, "heads": "exemplars"}, {}, ["heads='exemplars'", "memory_size=0", "heads='lda'"]),
-        ({"memory_size": 0}, {"preset": "paper"}, ["heads='exemplars'", "memory_size=0"]),
+        (
+            {"memory_size": 0},
+            {"preset": "paper"},
+            ["heads='exemplars' (preset='paper')", "memory_size=0", "heads='lda' and scoring='log_odds' in the Dyn"],
+        ),
+        ({"memory_size": 0, "heads": "exemplars"}, {"preset": "paper"}, ["heads='exemplars' cannot", "memory_size=0"]),
+        (
+            {"first_session": True},
+            {"preset": "paper"},
+            ["(preset='paper')", "heads='lda' and scoring='log_odds' in the DynammoConfig and exemplars_as_others"],
+        ),
+        (
+            {"first_session": True, "heads": "lda"},
+            {"preset": "paper", "scoring": "log_odds"},
+            ["exemplars_as_others (preset='paper'; set it to False)"],
+        ),
+        ({"shrinkage": 0.5}, {"preset": "paper"}, ["not for heads='exemplars' (preset='paper')"]),
+        ({"drift_ridge": 0.5}, {"preset": "paper"}, ["drift_ridge is", "heads='exemplars' (preset='paper') has not"]),
         ({"first_session": True, "heads": "exemplars"}, {}, ["heads='exemplars'", "first_session"]),
         ({"heads": "lda"}, {"scoring": "min_others"}, ["heads='lda'", "scoring='log_odds'", "'min_others'"]),
-        ({"heads": "ridge"}, {"preset": "paper"}, ["heads='ridge'", "scoring='log_odds'", "'min_others'"]),
+        (
+            {"heads": "ridge"},
+            {"preset": "paper"},
+            ["heads='ridge' needs", "got 'min_others' (preset='paper'); set scoring='log_odds' in the DynammoConfig"],
+        ),
         (
             {"heads": "exemplars", "learned_weights": "layer"},
             {},
@@ -716,6 +737,12 @@ def test_what_does_not_go_together_is_refused_at_once(options, config, words):
     message = str(error.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("options", [{"memory_size": 0}, {"first_session": True, "exemplars_as_others": False}])
+def test_what_messages_about_the_preset_say_can_be_done(options):
+    config = DynammoConfig(preset="paper", scoring="log_odds")
+    assert Dynammo(tiny_model("vit"), arguments(heads="lda", **options), config).heads == "lda"
 
 
 def test_feature_distillation_holds_the_merged_features(scenario):

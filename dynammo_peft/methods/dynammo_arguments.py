@@ -106,8 +106,11 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
         filled = replace(self, **{key: value for key, value in preset.items() if getattr(self, key) is None})
         check_choice("heads", filled.heads, Heads)
         filled._check_numbers()
-        filled._check_heads(config)
-        filled._check_training()
+        # What the user never set, no message shall speak of alone.
+        by_preset = f" (preset={config.preset!r})" if self.heads is None and config.preset != "default" else ""
+        heads = f"heads={filled.heads!r}{by_preset}"
+        filled._check_heads(config, heads)
+        filled._check_training(heads, others_by_preset=self.exemplars_as_others is None)
         if self.exemplars_as_others and self.memory_size == 0:
             raise ValueError("exemplars_as_others has none where no exemplars are kept; set memory_size.")
         return filled
@@ -125,30 +128,40 @@ class DynammoArguments(MergingArguments, AdapterMethodArguments):
         if self.shrinkage is not None and not is_between(self.shrinkage, 0, 1):
             raise ValueError(f"shrinkage={self.shrinkage!r} must be at least 0 and at most 1.")
 
-    def _check_heads(self, config: HeadConfig) -> None:
+    def _check_heads(self, config: HeadConfig, heads: str) -> None:
+        scoring = ""
+        if config.scoring != "log_odds":
+            scoring = f"scoring='log_odds' in the {type(config).__name__}"
         if self.heads == "exemplars" and (self.memory_size == 0 or self.first_session):
             option = "first_session" if self.first_session else "memory_size=0"
-            raise ValueError(f"heads='exemplars' cannot do with {option}; choose heads='lda'.")
-        if self.heads in ANALYTIC_HEADS and config.scoring != "log_odds":
-            raise ValueError(f"heads={self.heads!r} needs scoring='log_odds', got {config.scoring!r}.")
+            others = "exemplars_as_others=False" if self.first_session and self.exemplars_as_others else ""
+            instead = " and ".join(["heads='lda'", *filter(None, (scoring, others))])
+            raise ValueError(f"{heads} cannot do with {option}; leave that out, or choose {instead}.")
+        if self.heads in ANALYTIC_HEADS and scoring:
+            preset = f" (preset={config.preset!r})" if config.preset != "default" else ""
+            raise ValueError(f"{heads} needs scoring='log_odds', got {config.scoring!r}{preset}; set {scoring}.")
 
-    def _check_training(self) -> None:
+    def _check_training(self, heads: str, others_by_preset: bool) -> None:
         """Refuses learned merge weights that nothing tells, and options of a training that does not take place."""
         merges = self.merge is not None or self.merge_options or self.learns or self.recalibrate
         trains = self.feature_distillation or self.exemplars_as_others or self.adapter_init == "random"
         if self.first_session and (merges or trains or self.drift_ridge is not None):
+            preset = " (preset='paper'; set it to False)" if others_by_preset and self.exemplars_as_others else ""
             raise ValueError(
                 "first_session trains one adapter only, so merge, merge_options, learned_weights, recalibrate, "
-                "feature_distillation, exemplars_as_others, adapter_init='random' and drift_ridge would do nothing; "
-                "leave them out."
+                f"feature_distillation, exemplars_as_others{preset}, adapter_init='random' and drift_ridge would do "
+                "nothing; leave them out."
             )
         if self.shrinkage is not None and self.heads not in ANALYTIC_HEADS:
-            raise ValueError(f"shrinkage is for heads in closed form, and not for heads={self.heads!r}; leave it out.")
+            raise ValueError(f"shrinkage is for heads in closed form, and not for {heads}; leave it out.")
         for name in ("drift_ridge", "covariance_rank"):
             if self.heads == "exemplars" and getattr(self, name) is not None:
-                raise ValueError(f"{name} is for class statistics, which heads='exemplars' has not; leave it out.")
+                raise ValueError(f"{name} is for class statistics, which {heads} has not; leave it out.")
         if self.learns and self.weights_objective == "statistics" and self.heads == "exemplars":
-            raise ValueError("weights_objective='statistics' needs class statistics, which heads='exemplars' has not.")
+            raise ValueError(
+                f"weights_objective='statistics' needs class statistics, which {heads} has not; choose 'labels' or "
+                "'entropy'."
+            )
         if self.learns and self.weights_objective != "entropy" and self.memory_size == 0:
             raise ValueError(
                 "Without exemplars merge weights would be learned on the newest classes alone; set memory_size, or "
