@@ -265,6 +265,20 @@ def test_fisher_needs_a_label_for_each_image():
             diagonal_fisher(lora_model(), "first", batches, vectorized=vectorized)
 
 
+@pytest.mark.parametrize("label", [3, -1])
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_fisher_needs_labels_of_the_model(vectorized, label):
+    batches = [(tiny_images("vit"), torch.tensor([1, label]))]
+    with pytest.raises(ValueError, match=f"labels from {min(label, 1)} to {max(label, 1)}, and not all of them"):
+        diagonal_fisher(lora_model(), "first", batches, vectorized=vectorized)
+
+
+@pytest.mark.parametrize("measure", [diagonal_fisher, input_grams])
+def test_a_model_without_adapters_is_not_measured(measure):
+    with pytest.raises(ValueError, match="A ViTForImageClassification is no model with PEFT's adapters"):
+        measure(tiny_model("vit"), "a0", [tiny_images("vit")])
+
+
 @pytest.mark.parametrize("vectorized", [True, False])
 def test_a_model_of_any_library_is_measured(vectorized):
     # It takes images by position, as timm's do, and gives plain logits.

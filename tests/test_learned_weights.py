@@ -904,6 +904,17 @@ def test_plot_without_matplotlib(tmp_path, monkeypatch):
             {"batches": [(images_of("lora"), torch.zeros(2, 3))]},
             r"needs logits \(B, N\) and labels \(B,\), got \(\d+, 3\) and \(2, 3\)",
         ),
+        ({"batches": [(images_of("lora"), torch.full((8,), 3))]}, "has the label 3, but there are 3 classes; number"),
+        ({"batches": [(images_of("lora"), torch.full((8,), -1))]}, "has the label -1, but there are 3 classes"),
+        ({"adapters": "task_000"}, "adapters='task_000' must be a list of names"),
+        ({"adapter_name": None}, "adapter_name=None must be a name"),
+        (
+            {
+                "objective": gaussian_likelihood(torch.zeros(2, 3), torch.eye(3)),
+                "batches": [(images_of("lora"), torch.full((8,), 2))],
+            },
+            "has the label 2, but there are 2 classes",
+        ),
         ({"batches": [{"pixel_values": images_of("lora")}]}, "objective='labels' needs labelled batches"),
         ({"steps": -1}, "steps=-1"),
         ({"steps": 1.5}, "steps=1.5 must be an integer"),

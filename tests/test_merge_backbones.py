@@ -370,3 +370,10 @@ def test_a_head_in_half_precision_is_learned_in_single(dtype):
     assert weights.loss_after < weights.loss_before
     assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
     assert not torch.equal(merged.classifier.weight, first.classifier.weight)
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_paths_are_no_models(name):
+    models = {"first": first_model("vit"), "second": other_model("vit"), name: "models/vit"}
+    with pytest.raises(ValueError, match="takes models of transformers, got 'models/vit'; load it first"):
+        merge_backbones(**models)

@@ -476,6 +476,9 @@ def test_constants_outside_of_the_tensors():
     "arguments, message",
     [
         ({"adapters": []}, "name at least one"),
+        ({"adapters": "a0"}, "adapters='a0' must be a list of names"),
+        ({"adapters": ["a0", 1]}, r"adapters=\['a0', 1\] must be a list of names"),
+        ({"adapter_name": None}, "adapter_name=None must be a name"),
         ({"adapters": ["a0", "a9"]}, "'a9' does not exist; there are a0, a1"),
         ({"adapter_name": "a1"}, "'a1' cannot be merged into itself"),
         ({"adapter_name": "a.b"}, "'a.b' must not be empty, hold a dot"),
@@ -495,6 +498,18 @@ def test_unusable_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         merge_adapters(model, **{"adapters": ["a0", "a1"], **arguments})
     assert list(model.peft_config) == ["a0", "a1"]
+
+
+def test_a_model_without_adapters():
+    model = tiny_model("vit")
+    for work in (
+        lambda: merge_adapters(model, ["a0", "a1"]),
+        lambda: merge_into(model, "merged", "a1", 1),
+        lambda: learn_merge_weights(model, ["a0", "a1"], [tiny_images("vit")]),
+        lambda: adapter_tensors(model, "a0"),
+    ):
+        with pytest.raises(ValueError, match="A ViTForImageClassification is no model with PEFT's adapters; give"):
+            work()
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])

@@ -241,6 +241,14 @@ def test_unusable_arguments():
         greedy_soup([], near(0))
     with pytest.raises(ValueError, match="No adapters for a soup"):
         hierarchical_soup({}, near(0))
+    for given in (["a", "b"], "ab"):
+        for make in (average_adapters, lambda given: greedy_soup(given, near(0))):
+            with pytest.raises(ValueError, match="made of a list of adapters' tensors, got 'ab?'; give such as of"):
+                make(given)
+    with pytest.raises(ValueError, match="made of a list of adapters' tensors, got a dict"):
+        greedy_soup(points(1)[0], near(0))
+    with pytest.raises(ValueError, match="groups must be a mapping .*, got a list"):
+        hierarchical_soup(points(1), near(0))
     with pytest.raises(ValueError, match="Group '0.1' holds no adapters"):
         hierarchical_soup({"0.1": [], "0.2": points(1)}, near(0))
     with pytest.raises(ValueError, match="Adapter 1 has the score nan"):

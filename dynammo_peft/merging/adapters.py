@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Union
 
 import torch
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -64,7 +64,17 @@ class Slot:
 
 def adapted_base(model: AdaptedModel) -> nn.Module:
     """The base model with tuner layers in it: the names of slots are relative to it."""
+    check_has_adapters(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model.model
+
+
+def check_has_adapters(model: nn.Module) -> None:
+    """Raises a `ValueError` unless PEFT has put adapters into the model."""
+    if not isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
+        raise ValueError(
+            f"A {type(model).__name__} is no model with PEFT's adapters; give what `get_peft_model` or "
+            "`PeftModel.from_pretrained` returned."
+        )
 
 
 def adapter_slots(model: AdaptedModel, adapter: str) -> dict[str, Slot]:
@@ -85,6 +95,7 @@ def adapter_slots(model: AdaptedModel, adapter: str) -> dict[str, Slot]:
 
 
 def _check_exists(model: AdaptedModel, adapter: str) -> None:
+    check_has_adapters(model)
     if adapter not in model.peft_config:
         raise ValueError(f"Adapter {adapter!r} does not exist; there are {', '.join(model.peft_config)}.")
 

@@ -89,6 +89,13 @@ def merge_backbones(
         ValueError: If the models are not alike, an option does not exist, both weights and batches are given,
             `num_labels` is less than 1 or given for models without a classifier, or the batches are of no use.
     """
+    for model in (first, second):
+        if not isinstance(model, PreTrainedModel):
+            shown = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+            raise ValueError(
+                f"merge_backbones takes models of transformers, got {shown}; load it first, as by "
+                "AutoModelForImageClassification.from_pretrained."
+            )
     if batches is not None and weights is not None:
         raise ValueError("Give merge_backbones either weights or batches to learn them on, not both.")
     if num_labels is not None and num_labels < 1:

@@ -12,7 +12,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .adapters import AdaptedModel, AdapterTensors, adapted_base, adapter_layers, tensors_of_adapters
+from .adapters import (
+    AdaptedModel,
+    AdapterTensors,
+    adapted_base,
+    adapter_layers,
+    check_has_adapters,
+    tensors_of_adapters,
+)
 from .state import tuner_of
 
 
@@ -47,6 +54,25 @@ BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 BASES = ("base_layer", "original_module")
 
 
+def check_names(adapters: Sequence[str], adapter_name: str) -> list[str]:
+    """The adapters' names as a list.
+
+    Args:
+        adapters (`Sequence[str]`): What was given for the names of the adapters to merge.
+        adapter_name (`str`): What was given for the name of the adapter to be made.
+
+    Raises:
+        ValueError: If they are no names.
+    """
+    names = list(adapters)
+    # A string is a sequence too, of names of one letter.
+    if isinstance(adapters, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adapters={adapters!r} must be a list of names, as ['task_000', 'task_001'].")
+    if not isinstance(adapter_name, str):
+        raise ValueError(f"adapter_name={adapter_name!r} must be a name, as 'merged'.")
+    return names
+
+
 def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: Optional[str] = None) -> None:
     """Raises a `ValueError` unless the adapters exist, are built alike and can be merged into `adapter_name`.
 
@@ -55,6 +81,7 @@ def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: 
         adapters (`Sequence[str]`): Names of the adapters to merge.
         adapter_name (`Optional[str]`): Name of the adapter to be made; `None` if none is.
     """
+    check_has_adapters(model)
     if not adapters:
         raise ValueError("No adapters to merge; name at least one.")
     if adapter_name in adapters:

@@ -61,8 +61,8 @@ def diagonal_fisher(
         `AdapterTensors`: The Fisher information by key of the parameters, in float64; statistics have none.
 
     Raises:
-        ValueError: If the adapter does not exist, there are no images, or as many labels as images, `draws` is less
-            than 1, or `vectorized` does not go with the model.
+        ValueError: If the adapter does not exist, there are no images, there are not as many labels as images, or one
+            is no class, `draws` is less than 1, or `vectorized` does not go with the model.
     """
     if draws is not None and draws < 1:
         raise ValueError(f"draws={draws} must be at least 1, or None for all classes by their probability.")
@@ -84,7 +84,17 @@ def diagonal_fisher(
                 raise ValueError(f"A batch has {size} images and {len(labels)} labels; give a label for each.")
             count += size
             for targets, shares in _targets(runner, inputs, labels, draws, generator):
-                for key, gradient in gradients(inputs, targets).items():
+                try:
+                    found = gradients(inputs, targets)
+                except (IndexError, RuntimeError) as error:
+                    # Nobody can look at them before: inside `vmap` they are no numbers.
+                    if labels is None or "out of bounds" not in str(error):
+                        raise
+                    raise ValueError(
+                        f"A batch has labels from {labels.min().item()} to {labels.max().item()}, and not all of them "
+                        "are classes of the model; number them in the order of its logits."
+                    ) from error
+                for key, gradient in found.items():
                     total[key] += torch.tensordot(shares, gradient.double().square(), dims=1)
     if count == 0:
         raise ValueError("batches holds no images; the Fisher information is a mean over them.")

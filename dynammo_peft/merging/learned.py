@@ -18,7 +18,7 @@ from .adapters import (
     set_adapter_tensors,
     tensors_of_adapters,
 )
-from .checks import check_fillable, check_mergeable
+from .checks import check_fillable, check_mergeable, check_names
 from .groups import Granularity
 from .merge import keep_weights, merge_adapters
 from .objectives import Forward, Objective
@@ -90,6 +90,7 @@ def learn_merge_weights(
         >>> print(weights)
         ```
     """
+    adapters = check_names(adapters, adapter_name)
     check_numbers(steps, learning_rate)
     check_weighted(combination_type)
     base = adapted_base(model)

@@ -17,7 +17,7 @@ from .adapters import (
     set_adapter_tensors,
     tensors_of_adapters,
 )
-from .checks import check_constants, check_mergeable
+from .checks import check_constants, check_mergeable, check_names
 from .creation import check_made, create_adapter, create_concatenated
 from .functions import average_statistics
 from .registry import COMBINATIONS, MergeFunction, check_runs, find_combination
@@ -82,7 +82,7 @@ def merge_adapters(
     from ..tuner.head_config import check_choice
 
     check_choice("combination_type", combination_type, (*COMBINATIONS, "cat"))
-    adapters = list(adapters)
+    adapters = check_names(adapters, adapter_name)
     if combination_type == "cat":
         _concatenate(model, adapters, weights, adapter_name, options)
         return

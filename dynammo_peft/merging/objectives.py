@@ -31,7 +31,18 @@ def label_cross_entropy(logits: Tensor, labels: Optional[Tensor]) -> Tensor:
             f"objective='labels' needs logits (B, N) and labels (B,), got {tuple(logits.shape)} and "
             f"{tuple(labels.shape)}; give a forward that returns such, or an objective of your own."
         )
+    check_labels(labels, logits.shape[1])
     return F.cross_entropy(logits.float(), labels)
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raises a `ValueError` unless labels are numbers of classes, or -100, which PyTorch leaves out."""
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != -100)]
+    if len(wrong):
+        raise ValueError(
+            f"A batch has the label {wrong[0].item()}, but there are {classes} classes; number them from 0 to "
+            f"{classes - 1} in the order of the logits."
+        )
 
 
 def prediction_entropy(logits: Tensor, labels: Optional[Tensor] = None) -> Tensor:
@@ -97,6 +108,7 @@ class GaussianLikelihood(nn.Module):
                 "the forward return features, (B, C): of a DynammoModel inside `head_output('features')`."
             )
         log_densities = self.log_densities(features)
+        check_labels(labels, log_densities.shape[1])
         if self.posterior:
             return F.cross_entropy(log_densities, labels)
         return F.nll_loss(log_densities, labels) / features.shape[1]

@@ -138,6 +138,8 @@ def hierarchical_soup(
         ValueError: If there are no groups, one is empty, adapters differ in the names or shapes of their tensors, one
             holds NaN or infinity, or a score is not a number.
     """
+    if not isinstance(groups, Mapping):
+        raise ValueError(f"groups must be a mapping from names to lists of adapters' tensors, got {_shown(groups)}.")
     for name, adapters in groups.items():
         if not adapters:
             raise ValueError(f"Group {name!r} holds no adapters; give at least one or leave it out.")
@@ -153,9 +155,20 @@ def _check_alike(adapters: Sequence[AdapterTensors], names: Optional[Sequence[st
     """Raises a `ValueError` unless there are adapters, alike; without names they are called by their places."""
     if not adapters:
         raise ValueError("No adapters for a soup; give at least one.")
+    whole = isinstance(adapters, (str, Mapping))
+    wrong = [adapters] if whole else [own for own in adapters if not isinstance(own, Mapping)]
+    if wrong:
+        raise ValueError(
+            f"A soup is made of a list of adapters' tensors, got {_shown(wrong[0])}; give such as of "
+            "`adapter_tensors(model, name)`."
+        )
     names = range(len(adapters)) if names is None else names
     check_shapes(adapters, names)
     check_finite(adapters, names)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _checked(score: float, what: str) -> float:
