@@ -421,9 +421,9 @@ def test_what_the_base_has_taken_in_cannot_be_merged():
 @pytest.mark.parametrize(
     "first, second, message",
     [
-        ({}, {"r": 8}, r"'a0' and 'a1' differ in r \(4 and 8\)"),
+        ({}, {"r": 8}, r"'a0' and 'a1' differ in r \(4 and 8\); train both with the same, or merge LoRA by PEFT"),
         ({}, {"target_modules": ["q_proj"]}, r"differ in target_modules \(\{.*'v_proj'.*\} and \{'q_proj'\}\)"),
-        ({}, {"rank_pattern": {"q_proj": 2}}, r"differ in rank_pattern \(\{\} and \{'q_proj': 2\}\)"),
+        ({}, {"rank_pattern": {"q_proj": 2}}, r"differ in rank_pattern \(\{\} and \{'q_proj': 2\}\); train"),
         ({}, {"modules_to_save": ["classifier"]}, r"differ in modules_to_save \(None and \['classifier'\]\)"),
         ({}, {"use_dora": True}, r"differ in use_dora \(False and True\)"),
         ({}, {"layers_to_transform": [0, 1], "layers_pattern": "layers"}, "differ in layers_to_transform"),
@@ -439,6 +439,15 @@ def test_adapters_that_are_not_alike(first, second, message):
     with pytest.raises(ValueError, match=message):
         merge_adapters(model, ["a0", "a1"])
     assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("combination_type", ["cat", "svd"])
+def test_what_the_message_about_ranks_says_can_be_done(combination_type):
+    model = with_adapters(LoraConfig(**LORA), LoraConfig(**{**LORA, "r": 8}))
+    model.add_weighted_adapter(["a0", "a1"], [0.5, 0.5], "merged", combination_type=combination_type)
+    parts, merged = [delta_weights(model, name) for name in ("a0", "a1")], delta_weights(model, "merged")
+    if combination_type == "cat":
+        assert_same(merged, {key: (parts[0][key] + parts[1][key]) / 2 for key in merged}, rtol=1e-5, atol=1e-5)
 
 
 def test_what_may_differ():

@@ -280,7 +280,10 @@ def _shapes(tensors: AdapterTensors) -> dict[str, tuple[int, ...]]:
 def _raise_differing(
     first: Union[str, int], second: Union[str, int], field: str, first_value: Any, second_value: Any
 ) -> None:
+    remedy = "give both the same"
+    if field in ("r", "rank_pattern"):
+        # Adapters that are trained cannot be given another.
+        remedy = "train both with the same, or merge LoRA by PEFT's own `add_weighted_adapter` ('cat' or 'svd')"
     raise ValueError(
-        f"Adapters {first!r} and {second!r} differ in {field} ({first_value!r} and {second_value!r}); give both the "
-        "same."
+        f"Adapters {first!r} and {second!r} differ in {field} ({first_value!r} and {second_value!r}); {remedy}."
     )
