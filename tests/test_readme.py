@@ -11,7 +11,7 @@ from tiny import tiny_dataset, tiny_images, tiny_model, tiny_processor
 from transformers import AutoModelForImageClassification, pipeline
 
 from dynammo_peft import ClassIncrementalScenario, Dynammo, DynammoArguments, Learner
-from dynammo_peft.merging import COMBINATIONS
+from dynammo_peft.merging import COMBINATIONS, adapter_tensors
 
 
 ROOT = Path(__file__).parent.parent
@@ -129,6 +129,10 @@ def test_the_code_of_the_api_page_runs(tmp_path, monkeypatch, capsys, fresh_tabl
     assert set(names["weights"].as_dict()["adapters"]) == {"a", "b"}
     assert names["weight"].shape == (5, 4)
     assert names["model"].active_adapter == "both"
+    assert {"fisher", "regmean"} <= names["model"].peft_config.keys()
+    both = adapter_tensors(names["model"], "both")
+    assert all(torch.equal(tensor, both[key]) for key, tensor in names["soup"].tensors.items())
+    assert names["shares"].adapters == ("first", "second")
     assert len(list((tmp_path / "decoded").iterdir())) == 2
     assert [len(row) for row in names["metrics"]["accuracy_matrix"]] == [1, 2, 3]
     assert names["method"].class_names == ["class 0", "class 1", "class 2"]
