@@ -129,6 +129,13 @@ def test_the_loader_gives_what_torchs_own_gives(workers):
                 assert torch.equal(labels, numbers)
 
 
+def test_reading_draws_nothing():
+    images, _ = counted()
+    before = torch.get_rng_state()
+    assert len(list(data_loader(images, batch_size=5))) == 3
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_loader_of_features_is_torchs_own():
     features = TensorDataset(torch.randn(7, 2), torch.arange(7))
     for own, expected in zip(data_loader(features, batch_size=3), DataLoader(features, batch_size=3)):

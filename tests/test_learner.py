@@ -15,7 +15,7 @@ from peft import PeftModel
 from tiny import tiny_dataset, tiny_model, tiny_processor
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from dynammo_peft import (
     ClassIncrementalScenario,
@@ -28,6 +28,7 @@ from dynammo_peft import (
     Results,
     Stage,
 )
+from dynammo_peft.data import BatchTransform
 from dynammo_peft.evaluation import METRICS
 from dynammo_peft.methods import Optimization
 from dynammo_peft.training import loop
@@ -519,3 +520,31 @@ def test_workers_load_the_same_batches(monkeypatch):
         outcomes.append(state(method.model))
     assert set(used) == {0, 1}
     assert equal(*outcomes)
+
+
+class Draws(Dataset):
+    """Pairs of a number drawn by whoever reads it, and a label."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.rand(1), torch.tensor(0)
+
+
+def test_workers_draw_other_numbers_in_each_epoch():
+    epochs = []
+    for _ in range(2):
+        drawn = []
+
+        def observe(network, inputs, labels, drawn=drawn):
+            drawn.extend(inputs.flatten().tolist())
+            return network(inputs).mean(), labels == 0
+
+        stage = Stage("draws", nn.Linear(1, 1), Draws(), observe, Optimization("sgd", 0.1, 0.0, 2, 4, "constant"))
+        transform = BatchTransform((0.5,) * 3, (0.5,) * 3)
+        list(loop.TrainingLoop(stage, Accelerator(cpu=True), transform, seed=0, num_workers=1))
+        epochs.append(drawn)
+    assert len(set(epochs[0])) == 8
+    # A run that is resumed draws the same, whatever was drawn before.
+    assert epochs[0] == epochs[1]

@@ -95,6 +95,7 @@ RUNS = {
     "first session": {"first_session": True},
     "offloaded": {"offload_adapters": "adapters"},
     "lora": {"config": DynammoLoraConfig},
+    "dropout": {"config": lambda: DynammoLoraConfig(lora_dropout=0.3)},
     "acl": {"name": "acl"},
     "joint": {"name": "joint"},
 }

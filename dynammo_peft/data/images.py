@@ -188,7 +188,11 @@ def data_loader(dataset: Dataset, batch_size: int, num_workers: int = 0, **optio
         batch_size (`int`): Of them a batch.
         num_workers (`int`): Processes that read ahead. Reading a batch from memory, or from a file that memory holds,
             takes less than handing it over; they pay where the file is larger than memory and the disk is slow.
-        options: Further options of `DataLoader`.
+        options: Further options of `DataLoader`. Unless images are shuffled, or there is a `generator`, nothing is
+            drawn from PyTorch's own source of randomness.
     """
+    if not options.get("shuffle"):
+        # Each pass draws a seed for workers, even if there are none, and would shift what dropout draws behind it.
+        options.setdefault("generator", torch.Generator().manual_seed(0))
     # Workers end with each pass: those that stay would change what is drawn, and so the order of the second pass.
     return DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_batch, **options)

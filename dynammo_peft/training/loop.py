@@ -150,9 +150,12 @@ class TrainingLoop:
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         rest = batches[self.batch :]
         own = [share(batch, process, processes) for batch in rest]
+        batch_sampler = [batch.tolist() for batch in own]
+        # Workers get other seeds in each epoch, which a resumed run draws again.
+        loader = data_loader(self.stage.data, 1, self.num_workers, batch_sampler=batch_sampler, generator=generator)
         # Sharded already: Accelerate would fill up or leave out what does not divide.
         loader = prepare_data_loader(
-            data_loader(self.stage.data, 1, self.num_workers, batch_sampler=[batch.tolist() for batch in own]),
+            loader,
             device=self.accelerator.device,
             num_processes=1,
             process_index=0,
