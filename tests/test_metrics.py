@@ -171,3 +171,32 @@ def test_a_task_without_test_images_does_not_count():
     assert LastAccuracy().compute(**data, task_of_class=[0, 0, 1]) == {"last_accuracy": 1 / 2}
     average = AverageIncrementalAccuracy().compute(**data, task_of_class=[0, 0, 1])
     assert average == {"average_incremental_accuracy": (2 / 2 + 1 / 2) / 2}
+
+
+def test_the_last_tasks_may_have_no_new_class():
+    # All is right after the first task, nothing after the second, half of it after the third.
+    data = {"predictions": [0, 1, 1, 0, 0, 0], "references": [0, 1] * 3, "after_task": [0, 0, 1, 1, 2, 2]}
+    first = {name: values[:4] for name, values in data.items()}
+    assert LastAccuracy().compute(**first, task_of_class=[0, 0]) == {"last_accuracy": 0.0}
+    computed = {k: v for cls in METRICS for k, v in cls().compute(**data, task_of_class=[0, 0]).items()}
+    assert [row[0] for row in computed.pop("accuracy_matrix")] == [1.0, 0.0, 0.5]
+    assert computed == {
+        "last_accuracy": 0.5,
+        "average_incremental_accuracy": 0.5,
+        "forgetting": 0.5,
+        "backward_transfer": -0.5,
+        "mean_class_recall": 0.5,
+    }
+
+
+@pytest.mark.parametrize("metric_cls", METRICS)
+def test_a_task_that_nobody_scored_is_named(metric_cls):
+    data = {"predictions": [0, 1, 2], "references": [0, 1, 2], "after_task": [0, 0, 2]}
+    with pytest.raises(ValueError, match="after_task has 2 and not 1; add the predictions made after every task"):
+        metric_cls().compute(**data, task_of_class=[0, 1, 2])
+
+
+def test_each_task_has_one_count():
+    for measure in (last_accuracy, average_incremental_accuracy):
+        with pytest.raises(ValueError, match="counts has 2 entries, but the matrix has 1 tasks; give one each"):
+            measure([[1.0]], [2, 0])

@@ -7,7 +7,7 @@ diagonal, tasks not learned yet, is not a number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import datasets
 import evaluate
@@ -16,7 +16,11 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def accuracy_matrix(
-    predictions: ArrayLike, references: ArrayLike, after_task: ArrayLike, task_of_class: Sequence[int]
+    predictions: ArrayLike,
+    references: ArrayLike,
+    after_task: ArrayLike,
+    task_of_class: Sequence[int],
+    count: Optional[int] = None,
 ) -> NDArray[np.float64]:
     """The accuracy matrix where an image's task follows from its class; where classes come back, see [`Results`].
 
@@ -25,13 +29,14 @@ def accuracy_matrix(
         references (`ArrayLike`): True classes, `(N,)`.
         after_task (`ArrayLike`): After which task each prediction was made, `(N,)`.
         task_of_class (`Sequence[int]`): The task of each class.
+        count (`Optional[int]`): Number of tasks, `T`; if `None`, up to the last that a class first appears in.
 
     Returns:
         `NDArray`: `(T, T)`, accuracies from 0 to 1.
     """
     predictions, references, after_task = map(np.asarray, (predictions, references, after_task))
     tasks = np.asarray(task_of_class)[references]
-    count = int(max(task_of_class)) + 1
+    count = int(max(task_of_class)) + 1 if count is None else count
     learned = (tasks <= after_task) & (after_task < count)
     cells = after_task * count + tasks
     images, hits = (
@@ -60,6 +65,8 @@ def accuracies_by_task(
 def incremental_accuracies(matrix: ArrayLike, counts: ArrayLike) -> NDArray[np.float64]:
     """Accuracy on all classes seen, after each task, `(T,)`; `counts` are the test images of each task, `(T,)`."""
     matrix, counts = np.asarray(matrix, dtype=float), np.asarray(counts, dtype=float)
+    if len(counts) != len(matrix):
+        raise ValueError(f"counts has {len(counts)} entries, but the matrix has {len(matrix)} tasks; give one each.")
     # A task without test images has no accuracy and no weight.
     hits = np.where(counts > 0, np.nan_to_num(matrix) * counts, 0.0)
     return np.array([hits[i, : i + 1].sum() / counts[: i + 1].sum() for i in range(len(matrix))])
@@ -148,13 +155,19 @@ class ClassIncrementalMetric(evaluate.Metric):
         after_task: Sequence[int],
         task_of_class: Sequence[int],
     ) -> dict[str, Any]:
-        matrix = accuracy_matrix(predictions, references, after_task, task_of_class)
-        last = np.asarray(after_task) == np.max(after_task)
-        tasks = np.asarray(task_of_class)[np.asarray(references)[last]]
+        # The last tasks may have no new class.
         learned = int(np.max(after_task)) + 1
+        missing = sorted(set(range(learned)) - set(np.asarray(after_task).tolist()))
+        if missing:
+            raise ValueError(
+                f"after_task has {learned - 1} and not {missing[0]}; add the predictions made after every task."
+            )
+        matrix = accuracy_matrix(predictions, references, after_task, task_of_class, learned)
+        last = np.asarray(after_task) == learned - 1
+        tasks = np.asarray(task_of_class)[np.asarray(references)[last]]
         return self.measure(
-            matrix[:learned, :learned],
-            np.bincount(tasks, minlength=learned),
+            matrix,
+            np.bincount(tasks, minlength=learned)[:learned],
             np.asarray(predictions)[last],
             np.asarray(references)[last],
         )
