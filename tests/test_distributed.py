@@ -22,7 +22,10 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from accelerate import Accelerator
 from tiny import tiny_dataset, tiny_model, tiny_processor
-from dynammo_peft import METHODS, ClassIncrementalScenario, DynammoConfig, Learner
+from torch.utils.data import TensorDataset
+from dynammo_peft import METHODS, ClassIncrementalScenario, DynammoConfig, Learner, Stage
+from dynammo_peft.methods import Optimization
+from dynammo_peft.training.loop import TrainingLoop
 
 scenario = ClassIncrementalScenario(
     tiny_dataset(6, 9), tiny_dataset(6, 3, seed=1), tiny_processor(64), classes_per_task=2, progress=False
@@ -53,8 +56,17 @@ for name, options in json.loads(sys.argv[2]):
         assert method.statistics.counts == dict.fromkeys(range(6), 9), method.statistics.counts
     values, tensors = method.state()
     outcomes.append((values, tensors, dict(method.model.state_dict()), json.dumps(results.metrics())))
+# Three batches of eleven or twelve images: two make an update, and then one.
+accelerator.gradient_accumulation_steps = 2
+line = torch.nn.Linear(1, 1, bias=False)
+line.weight.data.zero_()
+data = TensorDataset(torch.arange(34.0)[:, None], torch.zeros(34))
+observe = lambda network, inputs, labels: (network(inputs).mean(), labels == 0)
+optimization = Optimization("sgd", 0.5, 0.0, 3, batch_size, "constant")
+list(TrainingLoop(Stage("line", line, data, observe, optimization), accelerator, scenario.transform, seed=0))
 if accelerator.is_main_process:
-    torch.save({"processes": accelerator.num_processes, "outcomes": outcomes}, sys.argv[3])
+    found = {"processes": accelerator.num_processes, "outcomes": outcomes, "accumulated": line.weight.item()}
+    torch.save(found, sys.argv[3])
 accelerator.wait_for_everyone()
 accelerator.end_training()
 """
@@ -129,6 +141,11 @@ def test_the_number_of_processes_does_not_matter(outcomes, processes, run):
         # Heads in closed form invert a covariance of more features than images, and hold large numbers.
         allowed = 1e-3 * expected.abs().max() if "_head.merged" in name else 2e-4
         assert (tensor - expected).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_accumulated_gradients_do_not_depend_on_it_either(outcomes, processes):
+    assert outcomes[processes]["accumulated"] == pytest.approx(outcomes[1]["accumulated"], rel=1e-5)
 
 
 def worker(launcher, rank):

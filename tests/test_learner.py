@@ -133,6 +133,54 @@ def test_training_is_gradient_descent(batch_size, accumulation):
     torch.testing.assert_close(method.model.bias.detach(), bias)
 
 
+def train_line(numbers, batch_size, accumulation, epochs=2):
+    """Trains one weight, from zero, on a loss whose gradient is the mean of a batch's numbers; returns both."""
+    batches = []
+
+    def observe(network, inputs, labels):
+        batches.append(inputs.flatten().tolist())
+        return network(inputs).mean(), labels == 0
+
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    data = TensorDataset(torch.tensor(numbers)[:, None], torch.zeros(len(numbers)))
+    optimization = Optimization("sgd", 0.5, 0.0, epochs, batch_size, "constant")
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    transform = BatchTransform((0.5,) * 3, (0.5,) * 3)
+    list(loop.TrainingLoop(Stage("line", network, data, observe, optimization), accelerator, transform, seed=0))
+    return network.weight.item(), batches
+
+
+def descend(gradients):
+    """The weight after updates with a momentum of 0.9."""
+    weight = velocity = 0.0
+    for gradient in gradients:
+        velocity = 0.9 * velocity + gradient
+        weight -= 0.5 * velocity
+    return weight
+
+
+@pytest.mark.parametrize("images", [16, 24, 40, 33])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(16, 1), (8, 2), (4, 4)])
+def test_an_update_does_not_depend_on_how_many_batches_make_it(images, batch_size, accumulation):
+    # An epoch's last update has fewer images or batches, if 16 do not divide them.
+    weight, _ = train_line([1.0] * images, batch_size, accumulation)
+    assert weight == pytest.approx(descend([1.0] * (2 * math.ceil(images / 16))))
+
+
+@pytest.mark.parametrize(("images", "batch_size", "accumulation"), [(33, 8, 2), (23, 4, 4), (7, 4, 8), (10, 3, 3)])
+def test_each_image_of_an_update_counts_the_same(images, batch_size, accumulation):
+    weight, batches = train_line([float(number) for number in range(images)], batch_size, accumulation)
+    # Batches differ in size, too.
+    assert len({len(batch) for batch in batches}) == 2
+    half, gradients = len(batches) // 2, []
+    for epoch in (batches[:half], batches[half:]):
+        for first in range(0, half, accumulation):
+            update = [number for batch in epoch[first : first + accumulation] for number in batch]
+            gradients.append(sum(update) / len(update))
+    assert weight == pytest.approx(descend(gradients))
+
+
 @pytest.mark.parametrize(
     ("per_class", "batch_size", "accumulation", "updates"),
     [

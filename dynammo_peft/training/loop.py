@@ -143,13 +143,19 @@ class TrainingLoop:
             self.totals, self.images = running["totals"][:2].to(self.totals), int(images)
 
     def _epoch(self) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """The rest of an epoch: this process's inputs and labels, and how many images the whole batch has."""
+        """The rest of an epoch: this process's inputs and labels, and how many images the whole update has."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         batches = deal(len(self.stage.data), self.batch_size, generator)
         drawn = self.transform.draw(len(self.stage.data), generator)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         rest = batches[self.batch :]
         own = [share(batch, process, processes) for batch in rest]
+        # A checkpoint is written behind an update, so that the rest begins with one; an epoch's end makes an update.
+        sizes, accumulated = [len(batch) for batch in rest], self.accelerator.gradient_accumulation_steps
+        first_of_updates = [index - index % accumulated for index in range(len(rest))]
+        images = [sum(sizes[first : first + accumulated]) for first in first_of_updates]
+        # Accelerate counts on from where an interrupted run left it.
+        self.accelerator.step = 0
         batch_sampler = [batch.tolist() for batch in own]
         # Workers get other seeds in each epoch, which a resumed run draws again.
         loader = data_loader(self.stage.data, 1, self.num_workers, batch_sampler=batch_sampler, generator=generator)
@@ -161,17 +167,19 @@ class TrainingLoop:
             process_index=0,
             put_on_device=True,
         )
-        for places, whole, (inputs, labels) in zip(own, rest, loader):
+        for places, of_update, (inputs, labels) in zip(own, images, loader):
             if inputs.dtype == torch.uint8:
                 inputs = self.transform(inputs, drawn[places])
-            yield inputs, labels, len(whole)
+            yield inputs, labels, of_update
 
     def _step(self, inputs: Tensor, labels: Tensor, images: int) -> None:
         accelerator = self.accelerator
         with accelerator.accumulate(self.network):
             loss, met = self.stage.observe(self.network, inputs, labels)
-            # Gradients are averaged over processes: every image of the batch shall count the same.
-            accelerator.backward(loss * (len(labels) * accelerator.num_processes / images))
+            # Gradients are averaged over processes and as many batches as are accumulated at most, where an epoch's
+            # last update may have fewer: every image of the update shall count the same.
+            parts = accelerator.num_processes * accelerator.gradient_accumulation_steps
+            accelerator.backward(loss * (len(labels) * parts / images))
             self.optimizer.step()
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 self.scheduler.step()
