@@ -552,6 +552,12 @@ def test_no_image_stays_with_accelerate_after_a_run():
     assert learner.accelerator._dataloaders == []
 
 
+def test_accelerate_lets_go_of_the_loader_of_each_epoch():
+    train_line([1.0] * 10, batch_size=4, accumulation=2, epochs=5)
+    # As at the start: no loader.
+    assert GradientState().dataloader_references == [None]
+
+
 def test_workers_load_the_same_batches(monkeypatch):
     used, outcomes = [], []
     load = loop.data_loader

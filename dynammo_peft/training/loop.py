@@ -167,7 +167,8 @@ class TrainingLoop:
             process_index=0,
             put_on_device=True,
         )
-        for places, of_update, (inputs, labels) in zip(own, images, loader):
+        # The loader first: once it is asked for more and has none, Accelerate lets go of it.
+        for (inputs, labels), places, of_update in zip(loader, own, images):
             if inputs.dtype == torch.uint8:
                 inputs = self.transform(inputs, drawn[places])
             yield inputs, labels, of_update
