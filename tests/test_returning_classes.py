@@ -154,6 +154,34 @@ def test_images_are_held_out_of_each_domain():
         assert held == rows_of(TRAIN, group, hospital)
 
 
+@pytest.mark.parametrize("domains", [["south", "south"], None])
+def test_what_was_trained_on_before_is_not_held_out(domains):
+    exemplars = rows_of(TRAIN, ["a"], ["south"])[:6] + rows_of(TRAIN, ["b"], ["north"])
+    options = {"learned": [["a", "b"]], "exemplar_rows": exemplars, "test": None, "validation_fraction": 0.34}
+    later = scenario([["c", "a"], ["d"]], domains, **options)
+    assert later.exemplars.rows.tolist() == exemplars
+    held = later.test.rows.tolist()
+    where = ["north", "south"] if domains is None else ["south"]
+    new = [row for row in rows_of(TRAIN, ["a", "c", "d"], where) if row not in exemplars]
+    # New images only, one of three; nothing of the class that does not come back.
+    assert set(held) <= set(new)
+    for name, count in {"a": 4 if domains is None else 1, "c": len(where) * 3, "d": len(where) * 3}.items():
+        assert sum(NAMES[TRAIN["label"][row]] == name for row in held) == count
+    trained = [row for task in later for row in task.train.rows.tolist()]
+    assert sorted(held + trained) == new
+    # New classes have the same images held out as without what was learned before.
+    whole = scenario([["a"], ["c"], ["d"]], domains and ["south"] * 3, test=None, validation_fraction=0.34)
+    assert {*whole[1].test.rows.tolist(), *whole[2].test.rows.tolist()} <= set(held)
+
+
+def test_new_classes_alone_are_measured_on_held_out_images():
+    exemplars = rows_of(TRAIN, ["a"], ["north"])
+    options = {"learned": [["a", "b"]], "exemplar_rows": exemplars, "test": None, "validation_fraction": 0.34}
+    later = scenario([["c"], ["d"]], None, **options)
+    assert len(later.learned_test) == 0
+    assert set(later.test.labels.tolist()) == {2, 3}
+
+
 @pytest.mark.parametrize("kind", ["stream", "cache"])
 def test_streams_and_caches_are_divided_alike(kind, tmp_path):
     train, test = (data.to_iterable_dataset() if kind == "stream" else data for data in (TRAIN, TEST))

@@ -166,7 +166,7 @@ def divide(
     return torch.full_like(labels, -1).masked_scatter(used, dealt)
 
 
-def hold_out(labels: Tensor, codes: Tensor, fraction: float, seed: int) -> Tensor:
+def hold_out(labels: Tensor, codes: Tensor, among: Tensor, fraction: float, seed: int) -> Tensor:
     """Which rows are held out, `(N,)`: a share of each class, and of each domain in it.
 
     Which images these are depends on the data set and the seed, not on the order of the classes.
@@ -174,14 +174,17 @@ def hold_out(labels: Tensor, codes: Tensor, fraction: float, seed: int) -> Tenso
     Args:
         labels (`Tensor`): The data set's own label of each row, `(N,)`.
         codes (`Tensor`): Domain of each row, `(N,)`.
-        fraction (`float`): The share.
+        among (`Tensor`): Which rows may be held out, `(N,)`.
+        fraction (`float`): The share of these.
         seed (`int`): Draws them.
     """
     generator = torch.Generator().manual_seed(seed)
     held = torch.zeros_like(labels, dtype=torch.bool)
     for label, code in torch.stack([labels, codes]).unique(dim=1).T.tolist():
         rows = torch.nonzero((labels == label) & (codes == code)).flatten()
+        # All are shuffled, so that what is drawn for other classes does not depend on these.
         rows = rows[torch.randperm(len(rows), generator=generator)]
+        rows = rows[among[rows]]
         held[rows[: round(fraction * len(rows))]] = True
     return held
 
@@ -194,7 +197,7 @@ def check_can_be_split(
     Args:
         labels (`Tensor`): Class of each row, `(N,)`.
         codes (`Tensor`): Domain of each row, `(N,)`.
-        tasks (`Tensor`): A task of each row, `(N,)`; -1 if it is not used.
+        tasks (`Tensor`): A task of each row, `(N,)`; negative for rows that are not held out.
         fraction (`float`): The share.
         class_names (`Sequence[str]`): Names of the classes.
         domains (`Domains`): Those of each task.

@@ -78,7 +78,8 @@ class ClassIncrementalScenario:
         seed (`Optional[int]`): Shuffles the class order (and draws the held-out images, and the parts of classes that
             come back).
         validation_fraction (`float`): If positive, this share of each class's training images is held out and takes
-            the place of `test`, which is then not read at all. For choosing settings.
+            the place of `test`, which is then not read at all. For choosing settings. No image that was trained on
+            before is held out: of classes learned before only new images of a task to come, and no exemplars.
         image_column (`str`): Column of the images.
         label_column (`str`): Column of the labels, a `ClassLabel`.
         domain_column (`Optional[str]`): Column that says of which domain an image is (a hospital, a camera): strings,
@@ -162,15 +163,17 @@ class ClassIncrementalScenario:
                     f"The classes of column {label_column!r} differ between train and test; make them equal."
                 )
         labels, codes = self._labels(source)
+        self.exemplar_rows = list(exemplar_rows)
+        self._check_exemplars(labels)
         if validation_fraction > 0:
             possible = self._divide(labels, codes)
+            possible[self.exemplar_rows] = DROPPED
             check_can_be_split(labels, codes, possible, validation_fraction, self.class_names, self.domains)
-            held = hold_out(source.labels, codes, validation_fraction, seed or 0)
+            held = hold_out(source.labels, codes, possible > DROPPED, validation_fraction, seed or 0)
             test_labels, test_codes = labels.where(held, -1), codes
             labels = labels.where(~held, -1)
         else:
             test_labels, test_codes = self._labels(test_source)
-        self.exemplar_rows = list(exemplar_rows)
         tasks = self._train_tasks(labels, codes, seed or 0)
         self.train = source.images(labels.where(tasks > DROPPED, -1), "training images")
         self.tasks_of_train = tasks[self.train.rows]
@@ -252,16 +255,17 @@ class ClassIncrementalScenario:
         tasks = divide(labels, codes, coming, self.domains, generator)
         return torch.where(tasks >= 0, tasks + self.first_task, DROPPED)
 
-    def _train_tasks(self, labels: Tensor, codes: Tensor, seed: int) -> Tensor:
-        rows = self.exemplar_rows
-        for row in rows:
+    def _check_exemplars(self, labels: Tensor) -> None:
+        for row in self.exemplar_rows:
             if not 0 <= row < len(labels) or not 0 <= labels[row] < self.learned_classes:
                 raise ValueError(
                     f"Row {row} of exemplar_rows is no training image of a class that was learned before; the rows "
                     "are those of another data set."
                 )
+
+    def _train_tasks(self, labels: Tensor, codes: Tensor, seed: int) -> Tensor:
         exemplars = torch.zeros_like(labels, dtype=torch.bool)
-        exemplars[rows] = True
+        exemplars[self.exemplar_rows] = True
         tasks = self._divide(labels.where(~exemplars, -1), codes, torch.Generator().manual_seed(seed))
         coming = range(self.first_task, len(self))
         self._check_all_tasks_have_images([labels[tasks == index] for index in coming], "train")
