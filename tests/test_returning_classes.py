@@ -49,6 +49,14 @@ def hospitals(per_class, seed, names=("north", "south")):
 TRAIN, TEST = hospitals(9, 0), hospitals(4, 1)
 
 
+def with_unknown_hospital(data):
+    """Hospitals as a `ClassLabel`, in which the third image has none."""
+    names = ["north", "south"]
+    numbers = [-1 if row == 2 else names.index(name) for row, name in enumerate(data["hospital"])]
+    data = data.remove_columns("hospital").add_column("hospital", numbers)
+    return data.cast_column("hospital", datasets.ClassLabel(names=names))
+
+
 def scenario(groups=GROUPS, domains=DOMAINS, train=TRAIN, test=TEST, domain_column="hospital", **options):
     options = {"progress": False, "groups": groups, "domains": domains, **options}
     if domains is not None:
@@ -242,6 +250,10 @@ def test_a_known_class_comes_back_behind_what_was_learned():
         (
             {"train": hospitals(9, 0, ("north", None))},
             "Row 36 of the train set has no value in column 'hospital'; fill it in",
+        ),
+        (
+            {"train": with_unknown_hospital(TRAIN), "test": with_unknown_hospital(TEST)},
+            "Row 2 of the train set has no value in column 'hospital'; fill it in",
         ),
     ],
 )

@@ -106,8 +106,10 @@ class ImageSource:
             )
         plain = self.dataset.select_columns([column])
         values = [example[column] for example in plain] if self.is_stream else plain[column][:]
+        named = isinstance(feature, datasets.ClassLabel)
         for row, value in enumerate(values):
-            if value is None:
+            # A number below zero stands for no name, and would be taken for one of the last.
+            if value is None or (named and value < 0):
                 raise ValueError(
                     f"Row {row} of the {self.split} set has no value in column {column!r}; fill it in, or remove it."
                 )
@@ -116,7 +118,7 @@ class ImageSource:
                 f"The {self.split} stream has {len(values)} rows now and had {len(self.labels)} when its images were "
                 "decoded; delete cache_dir, or give it the same rows each time."
             )
-        return [feature.names[value] for value in values] if isinstance(feature, datasets.ClassLabel) else list(values)
+        return [feature.names[value] for value in values] if named else list(values)
 
     def images(self, labels: Tensor, name: str) -> LabelledImages:
         """The images of some rows.
