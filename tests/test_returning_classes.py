@@ -586,6 +586,23 @@ def test_tasks_without_test_images_have_no_say():
     assert forgetting([[nan, nan], [nan, 0.5]]) == backward_transfer([[nan, nan], [nan, 0.5]]) == 0.0
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_results_number_classes_in_the_order_of_their_groups(known, monkeypatch):
+    # From the south alone, so that nothing is measured of what was learned in the north, or from both.
+    test = TEST if known else TEST.select([row for row in range(16, 32) if NAMES[TEST["label"][row]] != "b"])
+    later = scenario([["a", "c"], ["d"]], ["south", "south"], test=test, learned=[["a", "b"]])
+    learner = Learner(new_method(), Accelerator(cpu=True), progress=False)
+    monkeypatch.setattr(learner, "_predict", lambda images, scenario: (images.labels.tolist(),) * 2)
+    results, seen, _ = learner._begin_results(later)
+    assert len(seen) == known
+    seen += [task.test for task in later]
+    predictions, references = learner._score(seen, later, results)
+    rows = [row for part in seen for row in part.rows.tolist()]
+    assert results.class_names == (["a", "b", "c", "d"] if known else ["a", "c", "d", "b"])
+    assert [results.class_names[label] for label in references] == [NAMES[test["label"][row]] for row in rows]
+    assert predictions == references
+
+
 def test_results_follow_the_tasks_of_the_images(tmp_path):
     results = Results([["a", "b"], ["a"], ["b"]])
     results.add(0, [0, 1], [0, 1], 1.0)

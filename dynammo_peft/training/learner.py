@@ -107,7 +107,7 @@ class Learner:
                 continue
             seconds = self._learn(task, scenario)
             seen.append(task.test)
-            results.add(task.index - offset, *self._score(seen, scenario), seconds, _tasks_of(seen))
+            results.add(task.index - offset, *self._score(seen, scenario, results), seconds, _tasks_of(seen))
             check_agreement(self.accelerator, self.method, task, results)
             step = self._position.step
             self._position = Position(task=task.index + 1, step=step)
@@ -133,7 +133,7 @@ class Learner:
     def _score_learned(self, scenario: ClassIncrementalScenario, results: Results, seen: list[LabelledImages]) -> None:
         """Measures what was learned before, if there are test images of it, once."""
         if seen and not results.seconds:
-            results.add(0, *self._score(seen, scenario), seconds=0.0, tasks=_tasks_of(seen))
+            results.add(0, *self._score(seen, scenario, results), seconds=0.0, tasks=_tasks_of(seen))
 
     def _learn(self, task: Task, scenario: ClassIncrementalScenario) -> float:
         """Learns a task, or the rest of it; returns the seconds that it took in all."""
@@ -196,14 +196,15 @@ class Learner:
                     last_saved = position.step
         return loop.end()
 
-    def _score(self, seen: list[LabelledImages], scenario: ClassIncrementalScenario) -> tuple[list[int], list[int]]:
+    def _score(
+        self, seen: list[LabelledImages], scenario: ClassIncrementalScenario, results: Results
+    ) -> tuple[list[int], list[int]]:
         """Predicted and true classes, numbered as in the results."""
         predictions, references = self._predict(LabelledImages.concatenate(seen), scenario)
-        if len(scenario.learned_test):
-            return predictions, references
-        # Without test images of them, classes learned before stand behind all others.
-        first, count = scenario.learned_classes, scenario.num_classes
-        return [(label - first) % count for label in predictions], [(label - first) % count for label in references]
+        # Without test images of them, classes learned before stand behind all others, unless they come back.
+        places = {name: place for place, name in enumerate(results.class_names)}
+        numbers = [places[name] for name in scenario.class_names]
+        return [numbers[label] for label in predictions], [numbers[label] for label in references]
 
     @torch.no_grad()
     def _predict(self, images: LabelledImages, scenario: ClassIncrementalScenario) -> tuple[list[int], list[int]]:

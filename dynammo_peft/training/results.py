@@ -45,6 +45,11 @@ class Results:
     seconds: list[float] = field(default_factory=list)
     learned: list[str] = field(default_factory=list)
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of all classes, in the order of their numbers in predictions: as `groups` name them, then others."""
+        return list(dict.fromkeys([*(name for group in self.groups for name in group), *self.learned]))
+
     def add(
         self,
         task: int,
