@@ -232,6 +232,9 @@ def test_rows_of_held_out_images_are_those_of_the_data_set():
         ({"classes_per_task": 2, "label_column": "kind"}, ["'kind'", "label_column", "'image'", "'label'"]),
         ({"classes_per_task": 2, "validation_fraction": -0.1}, ["validation_fraction=-0.1", "at least 0"]),
         ({"classes_per_task": 2, "validation_fraction": 1.0}, ["validation_fraction=1.0", "less than 1"]),
+        ({"classes_per_task": 2, "crop_padding": -0.2}, ["crop_padding=-0.2", "at least 0"]),
+        ({"classes_per_task": 2, "crop_padding": 1}, ["crop_padding=1", "less than 1"]),
+        ({"classes_per_task": 2, "crop_padding": float("nan")}, ["crop_padding=nan", "less than 1"]),
         # Not one image of each class, and nothing left to train on.
         ({"classes_per_task": 2, "validation_fraction": 0.001}, ["validation_fraction"]),
         ({"classes_per_task": 2, "validation_fraction": 0.999}, ["validation_fraction"]),

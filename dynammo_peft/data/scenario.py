@@ -142,6 +142,9 @@ class ClassIncrementalScenario:
     ) -> None:
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction={validation_fraction} must be at least 0 and less than 1.")
+        self.transform = BatchTransform.from_image_processor(
+            image_processor, horizontal_flip=horizontal_flip, vertical_flip=vertical_flip, crop_padding=crop_padding
+        )
         reading = (image_processor, image_column, label_column, cache_dir, progress)
         source = ImageSource(train, "train", *reading)
         names = source.class_names
@@ -185,9 +188,6 @@ class ClassIncrementalScenario:
                 f"Training images come out as {self.image_size[0]}x{self.image_size[1]} pixels, test images as "
                 f"{height}x{width}; use an image processor that resizes to one height and width."
             )
-        self.transform = BatchTransform.from_image_processor(
-            image_processor, horizontal_flip=horizontal_flip, vertical_flip=vertical_flip, crop_padding=crop_padding
-        )
 
     def __len__(self) -> int:
         return len(self.groups)

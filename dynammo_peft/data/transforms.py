@@ -186,6 +186,9 @@ class BatchTransform:
         vertical_flip (`bool`): Whether to mirror half of the images top to bottom (cells and tissue have no top).
         crop_padding (`float`): Images are padded by reflection by this share of their height and width and cropped
             back at a random place.
+
+    Raises:
+        ValueError: If there is nothing left to reflect.
     """
 
     mean: Sequence[float]
@@ -193,6 +196,10 @@ class BatchTransform:
     horizontal_flip: bool = True
     vertical_flip: bool = False
     crop_padding: float = 0.125
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.crop_padding < 1:
+            raise ValueError(f"crop_padding={self.crop_padding} must be at least 0 and less than 1.")
 
     @classmethod
     def from_image_processor(cls, image_processor: Any, **augmentation: Any) -> BatchTransform:
