@@ -128,7 +128,8 @@ class OtherProcessor(ViTImageProcessorPil):
 
     def __call__(self, *args, **kwargs):
         processed = super().__call__(*args, **kwargs)
-        processed["pixel_values"] = 255 - processed["pixel_values"]
+        raw = not kwargs.get("do_normalize", True)
+        processed["pixel_values"] = (255 if raw else 0) - processed["pixel_values"]
         return processed
 
 

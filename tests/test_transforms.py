@@ -13,6 +13,8 @@ from transformers import (
     BitImageProcessorPil,
     ConvNextImageProcessorPil,
     DeiTImageProcessorPil,
+    EfficientNetImageProcessor,
+    EfficientNetImageProcessorPil,
     ViTImageProcessorPil,
 )
 
@@ -160,6 +162,20 @@ def test_without_augmentation_the_batch_is_what_the_processor_gives(processor):
     transformed = BatchTransform.from_image_processor(processor)(decoded)
     assert transformed.dtype == torch.float32
     torch.testing.assert_close(transformed, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("processor_cls", [EfficientNetImageProcessor, EfficientNetImageProcessorPil])
+def test_processors_with_further_steps_are_refused(processor_cls):
+    size = {"size": {"height": 16, "width": 16}}
+    for further in ({"include_top": True}, {"rescale_offset": True}, {"include_top": True, "rescale_offset": True}):
+        processor = processor_cls(**{"include_top": False, "rescale_offset": False, **further}, **size)
+        options = " and ".join(f"{name}=False" for name in further)
+        with pytest.raises(ValueError, match=f"^EfficientNetImageProcessor.* does more to pixels.*; set {options}.$"):
+            BatchTransform.from_image_processor(processor)
+    processor = processor_cls(include_top=False, rescale_offset=False, **size)
+    decoded = decode_images(image_dataset(noise_image()), "image", processor, progress=False)
+    expected = processor(noise_image(), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(BatchTransform.from_image_processor(processor)(decoded), expected)
 
 
 def test_one_mean_for_all_channels():

@@ -128,6 +128,11 @@ def _decode(source: Optional[dict[str, Any]], row: int, image_processor: Any) ->
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"Image {where} cannot be read ({reason}); repair or remove it.") from error
+    return _pixels(image, image_processor)
+
+
+def _pixels(image: Image.Image, image_processor: Any) -> Tensor:
+    """An image as the processor resizes and crops it, `(3, H, W)`, `uint8`."""
     processed = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
     pixels = processed["pixel_values"][0]
     return pixels if pixels.dtype == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)
@@ -203,14 +208,20 @@ class BatchTransform:
 
     @classmethod
     def from_image_processor(cls, image_processor: Any, **augmentation: Any) -> BatchTransform:
-        """Normalises as `image_processor` would."""
+        """Normalises as `image_processor` would.
+
+        Raises:
+            ValueError: If the processor does more than to scale and to normalise once.
+        """
         mean, std = [0.0] * 3, [1.0] * 3
         if getattr(image_processor, "do_normalize", True):
             mean, std = image_processor.image_mean, image_processor.image_std
         factor = image_processor.rescale_factor if getattr(image_processor, "do_rescale", True) else 1.0
         # Our mean and deviation are those of pixels from 0 to 1, whatever scale the processor has.
         mean, std = ((np.atleast_1d(values) / (255 * factor)).tolist() for values in (mean, std))
-        return cls(mean=mean, std=std, **augmentation)
+        transform = cls(mean=mean, std=std, **augmentation)
+        _check_same(transform, image_processor)
+        return transform
 
     @staticmethod
     def draw(count: int, generator: Optional[torch.Generator] = None) -> Tensor:
@@ -254,6 +265,29 @@ class BatchTransform:
         index = torch.arange(batch, device=images.device)[:, None, None, None]
         planes = torch.arange(channels, device=images.device)[None, :, None, None]
         return images[index, planes, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _check_same(transform: BatchTransform, image_processor: Any) -> None:
+    """Raises a `ValueError` if the processor gives other values: inference would see other images than training."""
+    # Smooth, so that rounding is all that can differ by where it resizes.
+    down, right = np.mgrid[0:48, 0:48] / 47
+    colours = np.stack([40 + 170 * down, 200 - 150 * right, np.full_like(down, 90)], axis=-1)
+    image = Image.fromarray(colours.round().astype(np.uint8))
+    settings: dict[str, Any] = {}
+    if getattr(image_processor, "do_normalize", True):
+        # Processors for grey images name one channel, and refuse three.
+        mean, std = (np.broadcast_to(value, 3) for value in (image_processor.image_mean, image_processor.image_std))
+        settings = {"image_mean": mean.tolist(), "image_std": std.tolist()}
+    expected = image_processor(image, return_tensors="pt", **settings)["pixel_values"].float()
+    own = transform(_pixels(image, image_processor)[None])
+    levels = torch.tensor(transform.std).view(1, -1, 1, 1) * 255
+    if own.shape != expected.shape or ((own - expected) * levels).abs().max() > 2:
+        further = [name for name in ("include_top", "rescale_offset") if getattr(image_processor, name, False)]
+        what = f"set {' and '.join(f'{name}=False' for name in further)}" if further else "take another processor"
+        raise ValueError(
+            f"{type(image_processor).__name__} does more to pixels than rescale_factor, image_mean and image_std say, "
+            f"which training would leave out; {what}."
+        )
 
 
 def _offsets(drawn: Tensor, length: int, padding: float) -> Tensor:
