@@ -544,6 +544,14 @@ def test_a_task_is_learned_once(scenario, method_cls):
         ("memory_size", -1, ["memory_size=-1", "negative"]),
         ("adapter_epochs", 0, ["epochs=0", "at least 1"]),
         ("head_batch_size", 0, ["batch_size=0", "at least 1"]),
+        ("adapter_milestones", [70, 130, 170], ["milestones=[70, 130, 170]", "between 0 and 1"]),
+        ("adapter_milestones", [0.5, 1.5], ["milestones=[0.5, 1.5]", "between 0 and 1"]),
+        ("head_milestones", [0.0], ["milestones=[0.0]", "between 0 and 1"]),
+        ("head_milestones", 0.5, ["milestones=0.5", "a list"]),
+        ("adapter_learning_rate", -0.1, ["learning_rate=-0.1", "at least 0"]),
+        ("head_learning_rate", math.nan, ["learning_rate=nan", "finite"]),
+        ("head_learning_rate", "1e-3", ["learning_rate='1e-3'", "a finite number"]),
+        ("adapter_weight_decay", -1, ["weight_decay=-1", "at least 0"]),
     ],
 )
 def test_unusable_options_are_refused_at_once(option, value, choices):

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar, Literal, Optional
 
 import torch
@@ -39,6 +40,9 @@ class Optimization:
         batch_size (`int`): Images (or features) a step and process.
         schedule (`Literal["cosine", "constant", "step"]`): `"step"` multiplies the learning rate by 0.1 at milestones.
         milestones (`Sequence[float]`): For `"step"`, as shares of the stage.
+
+    Raises:
+        ValueError: If one of them is not as it says.
     """
 
     optimizer: Optimizer
@@ -55,6 +59,14 @@ class Optimization:
         for name, value in {"epochs": self.epochs_of(1), "batch_size": self.batch_size}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        for name, value in {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}.items():
+            if not isinstance(value, Real) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r} must be a finite number, at least 0.")
+        given = self.milestones
+        if not isinstance(given, (list, tuple)) or not all(isinstance(at, Real) and 0 < at < 1 for at in given):
+            raise ValueError(
+                f"milestones={given!r} must be a list of numbers between 0 and 1: shares of the stage, not epochs."
+            )
 
     def epochs_of(self, updates: int) -> int:
         """Passes over data that take `updates` updates each."""
