@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import GradientAccumulationPlugin
 from peft import PeftModel
 from tiny import tiny_dataset, tiny_model, tiny_processor
 from torch import nn
@@ -531,6 +532,25 @@ def test_a_method_is_used_once():
     with pytest.raises(ValueError, match=r"\[\['class 0', 'class 1'\]\] were learned; make it with learned="):
         fit(method, scenario)
     assert equal(before, state(method.model))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_batch_size": 0}, "eval_batch_size=0 must be at least 1"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers=-1 must be at least 0"),
+    ],
+)
+def test_numbers_are_checked_before_anything_is_trained(options, message):
+    with pytest.raises(ValueError, match=message):
+        Learner(Pixels(2), Accelerator(cpu=True), **options)
+
+
+def test_an_update_ends_with_an_epoch():
+    plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+    with pytest.raises(ValueError, match="sync_with_dataloader=False is not supported; leave it out"):
+        Learner(Pixels(2), accelerator)
 
 
 def test_a_learner_makes_its_own_accelerator():

@@ -39,6 +39,9 @@ class Learner:
         checkpoints (`Optional[Checkpoints]`): Where to save what it takes to resume; nowhere if `None`.
         dataloader_num_workers (`int`): Processes that read training images ahead; see [`~data.data_loader`].
 
+    Raises:
+        ValueError: If a number is too small, or Accelerate would not end an update with an epoch.
+
     Example:
 
         ```py
@@ -58,8 +61,18 @@ class Learner:
         checkpoints: Optional[Checkpoints] = None,
         dataloader_num_workers: int = 0,
     ) -> None:
+        for name, value, least in (
+            ("eval_batch_size", eval_batch_size, 1),
+            ("dataloader_num_workers", dataloader_num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}.")
         self.method = method
         self.accelerator = accelerator if accelerator is not None else Accelerator()
+        if not self.accelerator.gradient_state.sync_with_dataloader:
+            raise ValueError(
+                "sync_with_dataloader=False is not supported; leave it out of the GradientAccumulationPlugin."
+            )
         self.eval_batch_size = eval_batch_size
         self.progress = progress and self.accelerator.is_main_process
         self.checkpoints = checkpoints
