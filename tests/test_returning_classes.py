@@ -5,6 +5,7 @@ import math
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -154,6 +155,16 @@ def test_domains_are_names_or_numbers(kind):
         assert torch.equal(task.test.rows, other.test.rows)
 
 
+def test_domains_may_be_numpys():
+    site = [int(name == "south") for name in TRAIN["hospital"]]
+    train = TRAIN.remove_columns("hospital").add_column("site", site)
+    options = {"train": train, "test": None, "validation_fraction": 0.34, "domain_column": "site"}
+    expected = scenario(domains=[0, 0, 1], **options)
+    for domains in (np.array([0, 0, 1]), np.array([[0], [0], [1]]), [[np.int64(0)], np.int32(0), (1,)]):
+        for task, other in zip(scenario(domains=domains, **options), expected, strict=True):
+            assert torch.equal(task.train.rows, other.train.rows)
+
+
 def test_images_are_held_out_of_each_domain():
     for task, group, hospital in zip(scenario(test=None, validation_fraction=0.34), GROUPS, DOMAINS, strict=True):
         assert torch.bincount(task.test.labels)[task.classes].tolist() == [3, 3]
@@ -231,6 +242,8 @@ def test_a_known_class_comes_back_behind_what_was_learned():
         ({"groups": [["a"], ["b", "b"]], "domains": None}, "Task 1 of groups names the class 'b' again; name each"),
         ({"groups": [["a"], ["e"]], "domains": None}, "Task 1 of groups names the class 'e'; the data set has 'a'"),
         ({"domains": ["north"]}, "domains has 1 entries, but there are 3 tasks"),
+        ({"domains": ["north", "north", None]}, "domains has None; give each task a string or a whole number"),
+        ({"domains": ["north", "north", []]}, r"domains has \[\]; give each task"),
         ({"domains": ["north", "north", "west"]}, "domains names 'west'; column 'hospital' of the train set has 'nor"),
         ({"domain_column": "ward"}, "train set has no column 'ward'; set domain_column to one of 'image', 'label'"),
         ({"domain_column": "image"}, "Column 'image' of the train set is Image.*domain_column needs strings"),

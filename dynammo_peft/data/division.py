@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Optional, Union
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +91,7 @@ class Domains:
         self.tasks = tasks
         self.of_task: Optional[list[list[DomainValue]]] = None
         if domains is not None:
-            self.of_task = [[value] if isinstance(value, (str, int)) else list(value) for value in domains]
+            self.of_task = [_values(domain) for domain in domains]
         self.values: list[DomainValue] = []
 
     def codes(self, values: Optional[Sequence[DomainValue]], rows: int, split: str) -> Tensor:
@@ -126,6 +127,16 @@ class Domains:
         if self.of_task is None:
             return ""
         return f" whose {self.column!r} is {' or '.join(map(repr, self.of_task[task]))}"
+
+
+def _values(domain: Union[DomainValue, Sequence[DomainValue]]) -> list[DomainValue]:
+    """The values of a task's domain, of one or several."""
+    several = isinstance(domain, Iterable) and not isinstance(domain, str)
+    # NumPy's numbers are none of Python's.
+    values = [value.item() if isinstance(value, np.generic) else value for value in (domain if several else [domain])]
+    if not values or not all(isinstance(value, (str, int)) for value in values):
+        raise ValueError(f"domains has {domain!r}; give each task a string or a whole number, or a list of some.")
+    return values
 
 
 def divide(
