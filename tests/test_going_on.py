@@ -390,6 +390,7 @@ def test_exemplars_that_went_along_are_used(tmp_path):
         (lambda: scenario(1, learned=2, exemplar_rows=[30]), "Row 30 of exemplar_rows.*another data set"),
         (lambda: scenario(1, learned=2, exemplar_rows=[99]), "Row 99 of exemplar_rows"),
         (lambda: scenario(2, exemplar_rows=[0]), "Row 0 of exemplar_rows"),
+        (lambda: scenario(1, learned=2, exemplar_rows=[7, 0, 7]), "exemplar_rows names row 7 again; name each row"),
         (
             lambda: ClassIncrementalScenario(
                 *[tiny_dataset(names=["a", "b", "c", "d"])] * 2,

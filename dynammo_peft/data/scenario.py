@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional, Union
@@ -256,7 +257,9 @@ class ClassIncrementalScenario:
         return torch.where(tasks >= 0, tasks + self.first_task, DROPPED)
 
     def _check_exemplars(self, labels: Tensor) -> None:
-        for row in self.exemplar_rows:
+        for row, times in Counter(self.exemplar_rows).items():
+            if times > 1:
+                raise ValueError(f"exemplar_rows names row {row} again; name each row once.")
             if not 0 <= row < len(labels) or not 0 <= labels[row] < self.learned_classes:
                 raise ValueError(
                     f"Row {row} of exemplar_rows is no training image of a class that was learned before; the rows "
