@@ -59,12 +59,13 @@ def test_another_image_size_costs_another_forward_pass(candidates):
         ({"shots": 0}, ["shots=0", "at least 1"]),
         ({"splits": 0}, ["splits=0", "at least 1"]),
         ({"shots": 4}, ["'class 0' has 6 images", "shots=4 needs 8"]),
+        ({"dataset": tiny_dataset().to_iterable_dataset()}, ["dataset is a IterableDataset", "datasets.Dataset"]),
         ({"label_column": "image"}, ["'image' is no ClassLabel"]),
     ],
 )
 def test_unusable_input_is_refused(changes, words):
     with pytest.raises(ValueError) as error:
-        recommend_backbone(tiny_dataset(), **{"candidates": ["nowhere"], "progress": False} | changes)
+        recommend_backbone(**{"dataset": tiny_dataset(), "candidates": ["nowhere"], "progress": False} | changes)
     assert all(word in str(error.value) for word in words)
 
 

@@ -248,6 +248,8 @@ def test_unusable_options(options, words):
     ("train", "test", "words"),
     [
         (TRAIN, None, ["test", "validation_fraction"]),
+        ([{"image": None, "label": 0}], TEST, ["train set is a list", "datasets.Dataset"]),
+        (TRAIN, datasets.DatasetDict(test=TEST), ["test set is a DatasetDict", "split"]),
         (TRAIN, TEST.remove_columns("image"), ["test set", "'image'", "image_column", "'label'"]),
         (TRAIN, TEST.remove_columns("label"), ["test set", "'label'", "label_column", "'image'"]),
         (
@@ -272,6 +274,8 @@ def test_unusable_options(options, words):
     ],
     ids=[
         "no_test",
+        "a_list",
+        "all_splits",
         "no_test_images_column",
         "no_test_label_column",
         "numbers_as_labels",

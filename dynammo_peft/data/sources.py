@@ -62,6 +62,11 @@ class ImageSource:
         cache_dir: Optional[Union[str, os.PathLike]],
         progress: bool,
     ) -> None:
+        if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+            raise ValueError(
+                f"The {split} set is a {type(dataset).__name__}; give a datasets.Dataset or IterableDataset, as one "
+                "split of a DatasetDict."
+            )
         self.dataset = dataset
         self.split = split
         self.image_processor = image_processor

@@ -85,6 +85,8 @@ def recommend_backbone(
         raise ValueError(f"candidates={candidates!r} is a string; give a list of checkpoints.")
     if not candidates:
         raise ValueError("candidates is empty; name at least one checkpoint.")
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(f"dataset is a {type(dataset).__name__}; give a datasets.Dataset, to draw rows from.")
     for name, value in (("shots", shots), ("splits", splits)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
