@@ -130,8 +130,8 @@ def test_without_a_token_the_recipe_ends_before_it_learns(hub, waits, recipe_fil
         ({"model_name_or_path": None, "model_type": "vit"}, "backbone is new or in a folder"),
         ({"train_backbone": True}, "train_backbone is set; set hub_form='standalone', or leave train_backbone out"),
         ({"hub_form": "stock"}, "set adapter='lora'"),
-        ({"hub_form": "stock", "adapter": "lora"}, "set 'feature_modules: \\[\\]' in the YAML file"),
-        ({"hub_form": "stock", "adapter": "lora", "feature_modules": ["layers.1"]}, "set 'feature_modules: "),
+        ({"hub_form": "stock", "adapter": "lora"}, "give --feature_modules without a value"),
+        ({"hub_form": "stock", "adapter": "lora", "feature_modules": ["layers.1"]}, "give --feature_modules without"),
         (
             {"hub_form": "stock", "adapter": "lora", "feature_modules": [], "scoring": "min_others"},
             "needs scoring='log_odds'",
