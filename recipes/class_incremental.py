@@ -255,9 +255,9 @@ def report_cost(method: Method, scenario: ClassIncrementalScenario) -> dict[str,
 def check_run(args: RunArguments, checkpoints: Checkpoints) -> None:
     """Raises a `ValueError` if the run would take the place of another, or has options that are of no use."""
     # With 'latest' a run begins anew where there is no checkpoint.
-    resumes = args.resume_from_checkpoint is not None
-    resumes &= args.resume_from_checkpoint != LATEST or bool(checkpoints.store.paths())
-    if os.path.exists(args.output_dir) and os.listdir(args.output_dir) and not (args.overwrite_output_dir or resumes):
+    which = args.resume_from_checkpoint
+    anew = which is None or (which == LATEST and not checkpoints.store.paths())
+    if os.path.exists(args.output_dir) and os.listdir(args.output_dir) and anew and not args.overwrite_output_dir:
         raise ValueError(f"output_dir={args.output_dir!r} is not empty; choose another or set overwrite_output_dir.")
     for option in ("eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, option) < 1:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..folders import replaced_folder
 from ..methods.offload import AdapterFolder
 from ..methods.two_stage import TwoStageMethod
-from .learning import save_learning_state
+from .learning import check_learning_state, save_learning_state
 
 
 BACKBONE = "backbone"
@@ -79,12 +79,9 @@ def save_model(
         >>> method = load_method("cells")
         ```
     """
+    check_learning_state(model, learning_state_of, include_exemplars)
     if learning_state_of is not None:
-        if learning_state_of.model is not model:
-            raise ValueError("learning_state_of is a method of another model; give the one whose model is saved.")
         adapters = list(dict.fromkeys([*adapters, *learning_state_of.adapters]))
-    elif include_exemplars:
-        raise ValueError("include_exemplars is for going on to learn; give learning_state_of the method.")
     target = Path(directory).resolve()
     if save_backbone is None:
         save_backbone = _is_new_or_trained(model)
@@ -122,16 +119,14 @@ def _place(model: PeftModel) -> str:
 @contextmanager
 def _backbone_at(model: PeftModel, place: str, saved: bool) -> Iterator[None]:
     """The configurations of a model's adapters say that its backbone is in a place, for a while."""
-    before = {name: copy.copy(config) for name, config in model.peft_config.items()}
+    before = {name: dict(vars(config)) for name, config in model.peft_config.items()}
     for config in model.peft_config.values():
         _set_backbone(config, place, saved)
     try:
         yield
     finally:
         for name, config in model.peft_config.items():
-            for option in ("base_model_name_or_path", "backbone_trained"):
-                if hasattr(before[name], option):
-                    setattr(config, option, getattr(before[name], option))
+            vars(config).update(before[name])
 
 
 def _set_backbone(config: PeftConfig, place: str, saved: bool) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,14 @@ from .loading import find_file, from_pretrained, load_adapter
 
 STATE, TENSORS, EXEMPLARS = "learning_state.json", "learning_state.safetensors", "exemplars.safetensors"
 FORMAT_VERSION = 3
+
+
+def check_learning_state(model: PeftModel, method: Optional[TwoStageMethod], include_exemplars: bool) -> None:
+    """Raises a `ValueError` unless a method, if one is given, is that of the model, and exemplars are those of one."""
+    if method is not None and method.model is not model:
+        raise ValueError("learning_state_of is a method of another model; give the one whose model is saved.")
+    if method is None and include_exemplars:
+        raise ValueError("include_exemplars is for going on to learn; give learning_state_of the method.")
 
 
 def save_learning_state(

@@ -21,7 +21,7 @@ from .allowlist import ADAPTER_WEIGHTS, SUPERSEDED, publishable_files
 from .card import write_model_card
 from .card_facts import CardFacts, Form
 from .commit import check_can_push, commit_files, hub_api, hub_errors
-from .learning import save_learning_state
+from .learning import check_learning_state, save_learning_state
 from .published_base import base_repository, published_base
 from .standalone import to_standalone
 from .stock import to_stock
@@ -223,13 +223,11 @@ def _with_learning_state(
     include_exemplars: bool,
 ) -> Sequence[str]:
     """The task adapters to publish: all of them if learning shall go on."""
+    check_learning_state(model, method, include_exemplars)
     if method is None:
-        if include_exemplars:
-            raise ValueError("include_exemplars is for going on to learn; give learning_state_of the method.")
         return task_adapters
-    if form != "adapter" or method.model is not model:
-        reason = f"form={form!r} is for use only" if form != "adapter" else "it is a method of another model"
-        raise ValueError(f"learning_state_of does not fit: {reason}; leave it out or change that.")
+    if form != "adapter":
+        raise ValueError(f"form={form!r} is for use only; leave learning_state_of out, or choose form='adapter'.")
     return method.adapters
 
 
