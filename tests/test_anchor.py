@@ -8,7 +8,7 @@ from test_dynammo import arguments, begun, learn_nothing, scenario, strong  # no
 from tiny import tiny_model
 
 from dynammo_peft import Dynammo
-from dynammo_peft.data import AffineMap, ClassStatistics, fit_correction
+from dynammo_peft.data import AffineMap, ClassStatistics, fit_affine_map, fit_correction, fit_map_of_others
 from dynammo_peft.methods.anchor import Anchor, class_means, interpolate, likeness, nearness
 
 
@@ -283,3 +283,20 @@ def test_no_covariance_is_kept_but_its_diagonal():
     exact.update(features, labels)
     found = anchor.statistics.pooled_covariance().diagonal()
     torch.testing.assert_close(found, exact.pooled_covariance().diagonal())
+
+
+@pytest.mark.parametrize("memory_size", [0, 4])
+def test_old_classes_of_which_no_image_is_there_may_stray_from_the_map(memory_size):
+    method = Dynammo(tiny_model("vit"), arguments(memory_size=memory_size, feature_views=1, drift_ridge=0.3))
+    features, labels = many_classes(classes=3)
+    method.statistics.update(features, labels)
+    expected = method.statistics.copy()
+    moved = features + drawn(3, 4, seed=9)[labels]
+    method._move_statistics(features[None], moved[None], labels)
+    variances = expected.pooled_covariance().diagonal()
+    if memory_size:
+        expected.move(fit_affine_map(features, moved, 0.3, variances))
+    else:
+        expected.move(fit_map_of_others(features, moved, labels, 0.3, variances))
+    torch.testing.assert_close(method.statistics.pooled_covariance(), expected.pooled_covariance())
+    torch.testing.assert_close(method.statistics.mean_matrix(), expected.mean_matrix())

@@ -5,7 +5,14 @@ import warnings
 import pytest
 import torch
 
-from dynammo_peft.data import AffineMap, ClassStatistics, choose_ridge, fit_affine_map
+from dynammo_peft.data import (
+    AffineMap,
+    ClassStatistics,
+    choose_ridge,
+    fit_affine_map,
+    fit_map_of_others,
+    left_out_errors,
+)
 from dynammo_peft.data.drift import RIDGES
 
 
@@ -216,26 +223,50 @@ def test_the_ridge_is_weak_for_classes_that_move_together_and_strong_for_those_t
     assert choose_ridge(*drifting_classes(0, 1, change=0.3, noise=0.0)) == 1.0
 
 
+def left_out(before, after, labels, ridge, folds):
+    """Errors of the mean of each class, `(M, C)`, of maps fitted on the others by least squares."""
+    before, after, errors = before.double(), after.double(), {}
+    for fold in range(min(folds, len(labels.unique()))):
+        held = torch.isin(labels, labels.unique()[fold::folds])
+        # With the variances of all classes, whose scale a fold does not change.
+        scale = before.std(dim=0, correction=0) / before[~held].std(dim=0, correction=0)
+        own = before[~held] - before[~held].mean(dim=0)
+        stay = torch.diag((ridge * own.square().sum(dim=0)).sqrt() * scale)
+        rows, targets = torch.cat([own, stay]), torch.cat([after[~held] - after[~held].mean(dim=0), stay])
+        weight = torch.linalg.lstsq(rows, targets).solution
+        for label in labels[held].unique():
+            moved = (before[labels == label].mean(dim=0) - before[~held].mean(dim=0)) @ weight
+            errors[int(label)] = after[labels == label].mean(dim=0) - after[~held].mean(dim=0) - moved
+    return torch.stack([errors[label] for label in sorted(errors)])
+
+
 @pytest.mark.parametrize("folds", [3, 5])
 def test_the_chosen_ridge_predicts_left_out_classes_best(folds):
     before, after, labels = drifting_classes(1, 4, change=0.1, noise=0.3)
-    errors = {}
-    for ridge in RIDGES:
-        errors[ridge] = 0
-        for fold in range(min(folds, 4)):
-            held = torch.isin(labels, torch.arange(4)[fold::folds])
-            # With the variances of all classes, whose scale a fold does not change.
-            scale = before.double().std(dim=0, correction=0) / before[~held].double().std(dim=0, correction=0)
-            own = before[~held].double() - before[~held].double().mean(dim=0)
-            stay = torch.diag((ridge * own.square().sum(dim=0)).sqrt() * scale)
-            target = after[~held].double() - after[~held].double().mean(dim=0)
-            weight = torch.linalg.lstsq(torch.cat([own, stay]), torch.cat([target, stay])).solution
-            for label in labels[held].unique():
-                moved = (before[labels == label].double().mean(dim=0) - before[~held].double().mean(dim=0)) @ weight
-                found = after[labels == label].double().mean(dim=0) - after[~held].double().mean(dim=0)
-                errors[ridge] += ((moved - found) / before.double().std(dim=0)).square().sum()
+    found = {ridge: left_out(before, after, labels, ridge, folds) for ridge in RIDGES}
+    errors = {ridge: (missed / before.double().std(dim=0)).square().sum() for ridge, missed in found.items()}
     assert choose_ridge(before, after, labels, folds=folds) == min(errors, key=errors.get)
     assert choose_ridge(before, after, labels, candidates=(0.5,)) == 0.5
+    for ridge in (0.1, 3.0):
+        expected = found[ridge].square().mean(dim=0)
+        torch.testing.assert_close(left_out_errors(before, after, labels, ridge, folds), expected)
+
+
+def test_classes_that_none_of_the_images_is_of_may_stray_from_a_map():
+    # Fewer images than features, and more.
+    for classes, factor in ((2, 3.0), (4, 2.0)):
+        before, after, labels = drifting_classes(3, classes, change=0.1, noise=0.3)
+        for rows in (slice(None), slice(2 * classes)):
+            images = before[rows], after[rows]
+            of_own, of_others = fit_affine_map(*images, 0.3), fit_map_of_others(*images, labels[rows], 0.3)
+            assert torch.equal(of_others.weight, of_own.weight) and torch.equal(of_others.bias, of_own.bias)
+            missed = left_out(*images, labels[rows], 0.3, classes).square().mean(dim=0)
+            torch.testing.assert_close(of_others.residual, of_own.residual + factor * torch.diag(missed))
+    # A single class tells of others no more than that all it changes by may be its own.
+    before, after, labels = drifting_classes(3, 1, change=0.1, noise=0.3)
+    change = (after.double() - before.double()).mean(dim=0)
+    torch.testing.assert_close(left_out_errors(before, after, labels), change.square())
+
 
 
 def test_directions_never_seen_stay_as_they_are():
@@ -347,6 +378,7 @@ def test_several_views_of_an_image_count_as_one(options):
         (lambda: fit_affine_map(torch.ones(3, 2), torch.ones(3, 2), -1), ["ridge=-1"]),
         (lambda: fit_affine_map(torch.ones(3, 2), torch.ones(3, 2), 1, torch.ones(3)), ["2 variances", "(3,)"]),
         (lambda: choose_ridge(torch.ones(3, 2), torch.ones(2, 2), torch.zeros(3)), ["(3, 2)", "(2, 2)"]),
+        (lambda: left_out_errors(torch.ones(3, 2), torch.ones(2, 2), torch.zeros(3)), ["(3, 2)", "(2, 2)"]),
     ],
 )
 def test_unusable_input_is_refused(wrong, words):

@@ -1,5 +1,12 @@
 from .catalog import load_image_dataset
-from .drift import AffineMap, choose_ridge, fit_affine_map, fit_correction
+from .drift import (
+    AffineMap,
+    choose_ridge,
+    fit_affine_map,
+    fit_correction,
+    fit_map_of_others,
+    left_out_errors,
+)
 from .images import ImageBatch, LabelledImages, collate_batch, data_loader
 from .memory import ExemplarMemory
 from .scenario import ClassIncrementalScenario, Task
@@ -22,6 +29,8 @@ __all__ = [
     "choose_ridge",
     "fit_affine_map",
     "fit_correction",
+    "fit_map_of_others",
+    "left_out_errors",
     "load_image_dataset",
     "resized_image_processor",
 ]

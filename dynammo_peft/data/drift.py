@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
@@ -31,6 +31,8 @@ class AffineMap:
 
 # Strengths among which `choose_ridge` chooses.
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+# `n` classes show too little of how far others may stray from a map, by a factor of `1 + 4 / n` (docs/merging_log.md).
+FEW_CLASSES = 4
 # Images whose features are held in `float64` at a time.
 CHUNK = 1024
 
@@ -95,24 +97,82 @@ def choose_ridge(
         ValueError: If the features are not of the same images, there are none, or `variances` are of other features.
     """
     _check_pairs(before, after, variances)
-    classes, places, counts = labels.cpu().unique(return_inverse=True, return_counts=True)
-    if len(classes) == 1:
+    if len(labels.unique()) == 1:
         return 1.0
     pairs = _Pairs(before, after)
     variances = _floored(pairs.variances, variances)
     # Each feature's own spread; of one that was silent before, which would be all that counts, a part of that after.
     units = torch.maximum(variances, _floored(pairs.target_variances) / 10)
-    total = None if pairs.few(len(before)) else pairs.sums(torch.arange(len(before)))
-    means, changes = pairs.class_means(places, counts)
     errors = torch.zeros(len(candidates), dtype=torch.float64)
-    for fold in range(min(folds, len(classes))):
-        fit = _fit_others(pairs, places % folds == fold, total, variances)
-        moved, found = means[fold::folds] - fit.mean, changes[fold::folds] - fit.mean_change
+    for fit, means, changes in _left_out(pairs, labels, folds, variances):
         for index, ridge in enumerate(candidates):
-            root = torch.linalg.cholesky(fit.system(ridge))
-            predicted = torch.cholesky_solve(fit.from_features(moved).T, root).T @ fit.change
-            errors[index] += ((found - predicted).square() / units).sum()
+            errors[index] += ((changes - fit.predict(means, ridge)).square() / units).sum()
     return candidates[int(errors.argmin())]
+
+
+def left_out_errors(
+    before: Tensor,
+    after: Tensor,
+    labels: Tensor,
+    ridge: float = 1.0,
+    folds: int = 5,
+    variances: Optional[Tensor] = None,
+) -> Tensor:
+    """By how much maps fitted on some classes miss where the means of the others go.
+
+    What a map leaves unexplained of the images that it was fitted to tells little of classes that it was not fitted
+    to, and few classes span few of the directions in which others may go.
+
+    Args:
+        before (`Tensor`): Features under the old model, `(N, C)`.
+        after (`Tensor`): Features of the same images under the new model, `(N, C)`.
+        labels (`Tensor`): Class of each image, `(N,)`.
+        ridge (`float`): As of `fit_affine_map`.
+        folds (`int`): As of `choose_ridge`.
+        variances (`Optional[Tensor]`): As of `fit_affine_map`.
+
+    Returns:
+        `Tensor`: The mean over classes of the squared error of each feature's mean, `(C,)`, `float64`; of one class,
+        which leaves none to fit on, the square of all that it changes by.
+
+    Raises:
+        ValueError: If the features are not of the same images, there are none, or `variances` are of other features.
+    """
+    _check_pairs(before, after, variances)
+    pairs, classes = _Pairs(before, after), len(labels.unique())
+    if classes == 1:
+        return pairs.mean_change.square()
+    errors = torch.zeros_like(pairs.mean)
+    for fit, means, changes in _left_out(pairs, labels, folds, _floored(pairs.variances, variances)):
+        errors += (changes - fit.predict(means, ridge)).square().sum(dim=0)
+    return errors / classes
+
+
+def fit_map_of_others(
+    before: Tensor, after: Tensor, labels: Tensor, ridge: float = 1.0, variances: Optional[Tensor] = None
+) -> AffineMap:
+    """The map of [`fit_affine_map`] for classes that none of its images is of, and how far these may stray from it.
+
+    Its residual is widened, feature by feature, by `1 + 4 / n` times the [`left_out_errors`] of the `n` classes at hand:
+    features by which others cannot be told where they are count for less in what tells classes apart.
+
+    Args:
+        before (`Tensor`): Features under the old model, `(N, C)`.
+        after (`Tensor`): Features of the same images under the new model, `(N, C)`.
+        labels (`Tensor`): Class of each image, `(N,)`.
+        ridge (`float`): As of `fit_affine_map`.
+        variances (`Optional[Tensor]`): As of `fit_affine_map`.
+
+    Returns:
+        `AffineMap`: The map, on the CPU.
+
+    Raises:
+        ValueError: As of `fit_affine_map`.
+    """
+    found = fit_affine_map(before, after, ridge, variances)
+    errors = left_out_errors(before, after, labels, ridge, variances=variances)
+    factor = 1 + FEW_CLASSES / len(labels.unique())
+    return replace(found, residual=found.residual + torch.diag(factor * errors))
 
 
 def fit_correction(
@@ -272,6 +332,12 @@ class _Regression:
         """What the inverse of the system times `change` says of the features: the map less the identity, `(C, C)`."""
         return solution / self.scales[:, None]
 
+    def predict(self, features: Tensor, ridge: float) -> Tensor:
+        """What features `(M, C)` change by, `(M, C)`; both less their means over all images."""
+        root = torch.linalg.cholesky(self.system(ridge))
+        moved = self.from_features(features - self.mean)
+        return torch.cholesky_solve(moved.T, root).T @ self.change + self.mean_change
+
 
 class _DualRegression(_Regression):
     """The same for fewer images than features, by the images' weights, with a system of `(N, N)`.
@@ -306,6 +372,20 @@ def _solve(pairs: _Pairs, ridge: float, variances: Optional[Tensor]) -> Tensor:
     else:
         fit = _Regression(pairs.sums(rows), variances)
     return fit.to_features(torch.linalg.solve(fit.system(ridge), fit.change))
+
+
+def _left_out(
+    pairs: _Pairs, labels: Tensor, folds: int, variances: Tensor
+) -> Iterator[tuple[_Regression, Tensor, Tensor]]:
+    """Parts of the classes: what the others' images say, and mean features and mean change of each, `(M, C)`.
+
+    Both are less their means over all images.
+    """
+    classes, places, counts = labels.cpu().unique(return_inverse=True, return_counts=True)
+    total = None if pairs.few(len(places)) else pairs.sums(torch.arange(len(places)))
+    means, changes = pairs.class_means(places, counts)
+    for fold in range(min(folds, len(classes))):
+        yield _fit_others(pairs, places % folds == fold, total, variances), means[fold::folds], changes[fold::folds]
 
 
 def _fit_others(pairs: _Pairs, held: Tensor, total: Optional[_Sums], variances: Tensor) -> _Regression:

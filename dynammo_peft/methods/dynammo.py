@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..data import ClassIncrementalScenario, ClassStatistics, LabelledImages, Task, choose_ridge, fit_affine_map
+from ..data import (
+    ClassIncrementalScenario,
+    ClassStatistics,
+    LabelledImages,
+    Task,
+    choose_ridge,
+    fit_affine_map,
+    fit_map_of_others,
+)
 from ..tuner import HeadConfig
 from ..tuner.heads import set_class_logits
 from ..tuner.modes import adapter_instead
@@ -211,10 +219,13 @@ class Dynammo(TwoStageMethod):
         ridge = self.arguments.drift_ridge
         if ridge is None:
             ridge = choose_ridge(before, after, labels, variances=variances)
-        step = fit_affine_map(before, after, ridge, variances)
-        self.statistics.move(step)
-        if self.anchor is not None:
+        if self.anchor is None:
+            step = fit_affine_map(before, after, ridge, variances)
+        else:
+            # No image is of old classes.
+            step = fit_map_of_others(before, after, labels, ridge, variances)
             self.anchor.follow(step)
+        self.statistics.move(step)
 
     def _fit_heads(self, task: Task, heads: nn.Linear, features: Tensor) -> Iterator[Stage]:
         """Heads for all classes seen.
