@@ -24,6 +24,14 @@ class ModelArguments:
     model_name_or_path: Optional[str] = field(
         default=None, metadata={"help": "Pretrained image classifier, on the Hub or in a folder."}
     )
+    load_learning_state: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Instead of a model: learn further classes with what a run has saved by save_learning_state, or "
+            "what was published with its learning state; a folder, or a repository on the Hub. The method and its "
+            "options are as they were unless they are given."
+        },
+    )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     model_type: Optional[str] = field(
         default=None, metadata={"help": "Instead of a pretrained one: a new model of this type, as 'convnext'."}
@@ -81,7 +89,10 @@ class ModelArguments:
 def load_model(args: ModelArguments) -> tuple[transformers.PreTrainedModel, Any]:
     """The image classifier and its image processor, from the Hub or a folder, or new."""
     if (args.model_name_or_path is None) == (args.model_type is None):
-        raise ValueError("Set either model_name_or_path (a pretrained model) or model_type (a new one).")
+        raise ValueError(
+            "Set either model_name_or_path (a pretrained model), model_type (a new one) or load_learning_state (one "
+            "that has learned some classes)."
+        )
     if args.model_type is not None:
         config = AutoConfig.for_model(args.model_type, **(args.config_overrides or {}))
         size = args.image_size or getattr(config, "image_size", 224)

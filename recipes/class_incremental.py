@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 from backbone import ModelArguments, adapter_config, choose_adapter, load_model
+from going_on import learned_options, load_learned
 from publishing import HubArguments, check_publishing, publish, without_hub
 from transformers import HfArgumentParser
 
@@ -60,8 +61,8 @@ class RunArguments(HubArguments):
     save_learning_state: bool = field(
         default=False,
         metadata={
-            "help": "Save what it takes to learn further classes later (dynammo_peft.hub.load_method): every task's "
-            "adapter, class statistics and row numbers of exemplars, no image."
+            "help": "Save what it takes to learn further classes later (load_learning_state): every task's adapter, "
+            "class statistics and row numbers of exemplars, no image."
         },
     )
     eval_batch_size: int = field(default=64, metadata={"help": "Test images a step and process."})
@@ -124,6 +125,13 @@ class DataArguments:
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror training images left to right at random."})
     vertical_flip: bool = field(default=False, metadata={"help": "Mirror training images top to bottom at random."})
     crop_padding: float = field(default=0.125, metadata={"help": "Largest random shift, as a share of the image."})
+    exemplars_in_data_set: bool = field(
+        default=False,
+        metadata={
+            "help": "With load_learning_state: the data set is the one that was learned from, and the rows that were "
+            "exemplars are exemplars again."
+        },
+    )
     cache_dir: Optional[str] = field(
         default=None, metadata={"help": "Keep decoded images in this folder instead of memory; holds your images."}
     )
@@ -144,27 +152,46 @@ def parse_arguments(argv: list[str]) -> tuple[RunArguments, ModelArguments, Data
     if argv and argv[0].endswith((".yaml", ".yml")):
         options = _read_options(Path(argv[0]))
         argv = argv[1:]
-    first = HfArgumentParser([RunArguments], add_help=False, allow_abbrev=False)
-    first.set_defaults(**{"method": options.get("method", RunArguments.method)})
-    name = first.parse_args_into_dataclasses(argv, return_remaining_strings=True)[0].method
-    if name not in METHODS:
-        raise ValueError(f"method={name!r} does not exist; choose one of {', '.join(METHODS)}.")
+    name, learned = _method_and_options(options, argv)
     groups = [RunArguments, ModelArguments, DataArguments, METHODS[name].arguments_cls]
-    parser = HfArgumentParser(groups, description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser = _parser(groups, description=__doc__, formatter_class=HelpFormatter)
     known = {action.dest: action for action in parser._actions}
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"Option {option!r} does not exist for method {name!r}; see --help for those that do.")
         options[option] = _as_on_the_command_line(known[option], value)
-    # Of several layers none is one choice too.
-    known["feature_modules"].nargs = "*"
-    parser.set_defaults(**options)
+    parser.set_defaults(**{**learned, **options, "method": name})
     parsed = parser.parse_args_into_dataclasses(argv)
     _, model_args, data_args, _ = parsed
     model_args.config_overrides = _structured("config_overrides", model_args.config_overrides)
     data_args.groups = _structured("groups", data_args.groups)
     data_args.domains = _structured("domains", data_args.domains)
     return parsed
+
+
+def _parser(groups: list[Any], **options: Any) -> HfArgumentParser:
+    parser = HfArgumentParser(groups, allow_abbrev=False, **options)
+    # Of several layers none is one choice too.
+    next(action for action in parser._actions if action.dest == "feature_modules").nargs = "*"
+    return parser
+
+
+def _method_and_options(options: dict[str, Any], argv: list[str]) -> tuple[str, dict[str, Any]]:
+    """The method, which has options of its own, and those that it has learned with where learning goes on."""
+    parser = _parser([RunArguments, ModelArguments], add_help=False)
+    names = ("method", "load_learning_state", "revision")
+    parser.set_defaults(**{"method": None, **{name: options[name] for name in names if name in options}})
+    run_args, model_args, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    name, learned = run_args.method, {}
+    if model_args.load_learning_state is not None:
+        of_before, learned = learned_options(model_args)
+        if name not in (None, of_before):
+            raise ValueError(f"method={name!r} cannot go on with what method={of_before!r} has learned; leave it out.")
+        name = of_before
+    name = name or RunArguments.method
+    if name not in METHODS:
+        raise ValueError(f"method={name!r} does not exist; choose one of {', '.join(METHODS)}.")
+    return name, learned
 
 
 def _read_options(path: Path) -> dict[str, Any]:
@@ -196,8 +223,19 @@ def _structured(option: str, value: Any) -> Any:
         raise ValueError(f'--{option} is no JSON ({error}); write it as in \'[["a", "b"], ["c"]]\'.') from error
 
 
-def load_scenario(args: DataArguments, image_processor: Any, progress: bool) -> ClassIncrementalScenario:
-    """The tasks, with all images decoded."""
+def load_method(args: RunArguments, model_args: ModelArguments, method_args: Any) -> tuple[Method, Any]:
+    """The method, new or as it was when its learning state was saved, and the image processor."""
+    if model_args.load_learning_state is not None:
+        return load_learned(model_args, method_args)
+    model, image_processor = load_model(model_args)
+    model_args.adapter = choose_adapter(model_args, model)
+    return METHODS[args.method](model, method_args, adapter_config(model_args)), image_processor
+
+
+def load_scenario(
+    args: DataArguments, method: Method, image_processor: Any, progress: bool
+) -> ClassIncrementalScenario:
+    """The tasks to come, with all images decoded."""
     # Held-out images take the place of test images, so that there need be none.
     test_split = None if args.validation_fraction else args.test_split
     train, test = load_image_dataset(
@@ -218,17 +256,19 @@ def load_scenario(args: DataArguments, image_processor: Any, progress: bool) -> 
         horizontal_flip=args.horizontal_flip,
         vertical_flip=args.vertical_flip,
         crop_padding=args.crop_padding,
+        learned=method.groups,
+        exemplar_rows=method.exemplar_rows if args.exemplars_in_data_set else (),
         cache_dir=args.cache_dir,
         progress=progress,
     )
 
 
-def report_task(accelerator: Accelerator, task: Task, results: Results) -> None:
+def report_task(accelerator: Accelerator, task: Task, tasks: int, results: Results) -> None:
     """One line for a task just learned."""
     measures = results.metrics()
     by_task = " ".join(f"{accuracy:.3f}" for accuracy in measures["accuracy_matrix"][-1])
     accelerator.print(
-        f"Task {task.index + 1}/{len(results.groups)} ({', '.join(task.class_names)}): accuracy "
+        f"Task {task.index + 1}/{tasks} ({', '.join(task.class_names)}): accuracy "
         f"{measures['last_accuracy']:.3f} on {task.seen_classes} classes (by task: {by_task}), "
         f"{results.seconds[-1]:.0f} s"
     )
@@ -252,7 +292,9 @@ def report_cost(method: Method, scenario: ClassIncrementalScenario) -> dict[str,
     }
 
 
-def check_run(args: RunArguments, checkpoints: Checkpoints) -> None:
+def check_run(
+    args: RunArguments, model_args: ModelArguments, data_args: DataArguments, checkpoints: Checkpoints
+) -> None:
     """Raises a `ValueError` if the run would take the place of another, or has options that are of no use."""
     # With 'latest' a run begins anew where there is no checkpoint.
     which = args.resume_from_checkpoint
@@ -262,6 +304,8 @@ def check_run(args: RunArguments, checkpoints: Checkpoints) -> None:
     for option in ("eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, option) < 1:
             raise ValueError(f"{option}={getattr(args, option)} must be at least 1.")
+    if data_args.exemplars_in_data_set and model_args.load_learning_state is None:
+        raise ValueError("exemplars_in_data_set is for going on to learn; give load_learning_state.")
     if args.save_learning_state and not issubclass(METHODS[args.method], TwoStageMethod):
         raise ValueError(f"method={args.method!r} does not go on learning; leave save_learning_state out.")
     for tracker in args.report_to:
@@ -280,10 +324,12 @@ def run(argv: list[str]) -> tuple[Method, Results]:
         OSError: If a file cannot be read or written; `CheckpointError` if it is a checkpoint.
     """
     args, model_args, data_args, method_args = parse_arguments(argv)
-    check_publishing(args, model_args, method_args)
+    goes_on = model_args.load_learning_state is not None
+    if not goes_on:
+        check_publishing(args, model_args, method_args)
     folder, overwrite = f"{args.output_dir}-checkpoints", args.overwrite_output_dir
     checkpoints = Checkpoints(folder, args.save_steps, args.save_total_limit, overwrite)
-    check_run(args, checkpoints)
+    check_run(args, model_args, data_args, checkpoints)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to or None,
@@ -294,12 +340,13 @@ def run(argv: list[str]) -> tuple[Method, Results]:
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = check_can_push(args.hub_model_id, private=args.hub_private_repo)
     transformers.set_seed(method_args.seed)
-    model, image_processor = load_model(model_args)
-    model_args.adapter = choose_adapter(model_args, model)
     # Before the images, which take longer to read than options to be refused.
-    method = METHODS[args.method](model, method_args, adapter_config(model_args))
+    method, image_processor = load_method(args, model_args, method_args)
+    if goes_on:
+        # Only now it is known what there is to publish.
+        check_publishing(args, model_args, method_args)
     with accelerator.main_process_first():
-        scenario = load_scenario(data_args, image_processor, progress=accelerator.is_main_process)
+        scenario = load_scenario(data_args, method, image_processor, progress=accelerator.is_main_process)
     method_options = {**asdict(model_args), **asdict(data_args), **asdict(method_args)}
     options = {**without_hub(asdict(args)), **method_options}
     # A resumed run is the same run.
@@ -311,7 +358,7 @@ def run(argv: list[str]) -> tuple[Method, Results]:
     learner = Learner(method, accelerator, args.eval_batch_size, True, checkpoints, args.dataloader_num_workers)
     results = learner.fit(
         scenario,
-        after_task=lambda task, results: report_task(accelerator, task, results),
+        after_task=lambda task, results: report_task(accelerator, task, len(scenario), results),
         resume_from_checkpoint=args.resume_from_checkpoint,
     )
     if accelerator.is_main_process:

@@ -10,6 +10,7 @@ from typing import Any, Optional
 from dynammo_peft import METHODS, ClassIncrementalScenario, Method, Results
 from dynammo_peft.hub import CardFacts, push_to_hub
 from dynammo_peft.hub.card_facts import Form
+from dynammo_peft.methods.two_stage import TwoStageMethod
 from dynammo_peft.tuner.head_config import check_choice
 
 
@@ -26,6 +27,13 @@ class HubArguments:
         metadata={
             "help": "An 'adapter' for PEFT, a 'standalone' model with its own code, or from LoRA a 'stock' model of "
             "transformers."
+        },
+    )
+    hub_learning_state: bool = field(
+        default=False,
+        metadata={
+            "help": "Publish what it takes to learn further classes too (load_learning_state): every task's adapter, "
+            "class statistics and row numbers of exemplars, no image."
         },
     )
     hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository private."})
@@ -58,6 +66,12 @@ def check_publishing(args: Any, model_args: Any, method_args: Any) -> None:
             "method='acl' keeps an adapter for each task, which cannot be published as one model; choose another "
             "method, or leave push_to_hub out."
         )
+    if args.hub_learning_state and args.hub_form != "adapter":
+        raise ValueError(
+            f"hub_form={args.hub_form!r} is for use only; leave hub_learning_state out, or set hub_form='adapter'."
+        )
+    if args.hub_learning_state and not issubclass(METHODS[args.method], TwoStageMethod):
+        raise ValueError(f"method={args.method!r} does not go on learning; leave hub_learning_state out.")
     trained = getattr(method_args, "train_backbone", False)
     local = model_args.model_name_or_path is None or os.path.exists(model_args.model_name_or_path)
     if args.hub_form == "adapter" and (trained or local):
@@ -101,17 +115,20 @@ def publish(
     others = [name for name in method.model.peft_config if name != adapter] if args.save_task_adapters else []
     name, repository = data_set(data_args)
     held_out = data_args.validation_fraction
+    split = f"{held_out:g} of {data_args.train_split}" if held_out else data_args.test_split
+    # Without images of classes learned before nothing was measured of the whole model.
+    measured = results.class_names[: len(results.learned)] == results.learned
     facts = CardFacts(
         name=args.hub_model_id.rpartition("/")[2],
         form=args.hub_form,
-        tasks=results.groups,
+        tasks=results.groups if measured else method.groups,
         method=args.method,
         options=options,
-        metrics=results.metrics(),
-        evaluation_data=name,
-        evaluation_data_id=repository,
-        evaluation_split=f"{held_out:g} of {data_args.train_split}" if held_out else data_args.test_split,
-        test_images=len(results.references),
+        metrics=results.metrics() if measured else None,
+        evaluation_data=name if measured else None,
+        evaluation_data_id=repository if measured else None,
+        evaluation_split=split if measured else None,
+        test_images=len(results.references) if measured else None,
         image_size=tuple(scenario.image_size),
         cost=cost,
         training_data=name,
@@ -127,8 +144,9 @@ def publish(
         others if args.hub_form == "adapter" else (),
         facts,
         base_model_revision=model_args.revision if args.hub_form == "adapter" else None,
+        learning_state_of=method if args.hub_learning_state else None,
         private=args.hub_private_repo or None,
-        commit_message=f"Learn {len(facts.class_names)} classes in {len(facts.tasks)} tasks by {args.method}",
+        commit_message=f"Learn {len(facts.class_names)} classes in {len(method.groups)} tasks by {args.method}",
     )
 
 

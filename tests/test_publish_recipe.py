@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from test_publish import BASE, REPO, commits, written
+from test_recipe import image_folder
 from tiny import tiny_model, tiny_processor
 
 
@@ -83,6 +84,34 @@ def test_the_recipe_publishes_what_it_has_learned(hub, waits, recipe_file, tmp_p
     assert saved == hub.files(REPO)["adapter_model.safetensors"]
 
 
+@pytest.mark.parametrize("test_images_of_before", [True, False])
+def test_what_was_published_goes_on_and_is_published_again(hub, waits, recipe_file, tmp_path, test_images_of_before):
+    tiny_model("vit").push_to_hub(BASE)
+    tiny_processor(32).push_to_hub(BASE)
+    run([str(recipe_file(hub_learning_state=True))])
+    going_on = {"load_learning_state": REPO, "output_dir": str(tmp_path / "more")}
+    going_on |= {"push_to_hub": True, "hub_model_id": REPO, "hub_learning_state": True}
+    if test_images_of_before:
+        going_on |= {"dataset_name": "digits", "groups": [["4", "5"]]}
+    else:
+        images = image_folder(tmp_path / "new", classes=2, names=["4", "5"])
+        going_on |= {"data_dir": str(images), "classes_per_task": 2}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(going_on))
+    method, results = run([str(tmp_path / "more.yaml")])
+    assert commits(hub) == ["Learn 6 classes in 3 tasks by dynammo", "Learn 4 classes in 2 tasks by dynammo"]
+    files = hub.files(REPO)
+    assert json.loads(files["learning_state.json"])["classes"] == method.groups == [["0", "1"], ["2", "3"], ["4", "5"]]
+    assert (files["README.md"].count(b"| 5 | ") > 0) and BASE.encode() in files["README.md"]
+    assert "load_learning_state" not in files["README.md"].decode()
+    card = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+    if test_images_of_before:
+        measures = {m["type"]: m["value"] for m in card["model-index"][0]["results"][0]["metrics"]}
+        assert measures["accuracy"] == results.metrics()["last_accuracy"]
+    else:
+        # What two classes' images tell is not said of a model of six.
+        assert "model-index" not in card
+
+
 @pytest.mark.parametrize("request_of_the_push", ["*/preupload/*", "*/commit/*"])
 def test_a_run_killed_while_it_pushes_is_published_once_resumed(
     hub, waits, recipe_file, tmp_path, request_of_the_push
@@ -125,6 +154,8 @@ def test_without_a_token_the_recipe_ends_before_it_learns(hub, waits, recipe_fil
     [
         ({"hub_model_id": None}, "set hub_model_id"),
         ({"hub_form": "onnx"}, "hub_form='onnx' does not exist"),
+        ({"hub_learning_state": True, "hub_form": "standalone"}, "leave hub_learning_state out, or set hub_form="),
+        ({"hub_learning_state": True, "method": "joint"}, "method='joint' does not go on learning"),
         ({"method": "acl"}, "method='acl' keeps an adapter for each task"),
         ({"model_name_or_path": "tests"}, "backbone is new or in a folder; set hub_form='standalone'"),
         ({"model_name_or_path": None, "model_type": "vit"}, "backbone is new or in a folder"),

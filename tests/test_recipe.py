@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -393,3 +394,73 @@ def test_class_names_may_hold_any_character(tmp_path):
     path = small_run(tmp_path, data_dir=str(tmp_path / "other"))
     method, _ = run([str(path)])
     assert sorted(method.model.config.id2label.values()) == sorted(names)
+
+
+def tasks_of(*names):
+    """The recipe's options for tasks of two classes each."""
+    return ["--groups", json.dumps([list(pair) for pair in zip(names[::2], names[1::2])])]
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_size": 0}, {"method": "acl"}])
+def test_a_run_that_goes_on_ends_as_one_that_was_never_done(options, tmp_path):
+    path = small_run(tmp_path, classes_per_task=None, adapter_learning_rate=0.003, **options)
+    image_folder(tmp_path / "data", classes=6)
+    names = [f"class {index}" for index in (3, 0, 5, 1, 2, 4)]
+    whole, expected = run([str(path), *tasks_of(*names), "--output_dir", str(tmp_path / "whole")])
+    run([str(path), *tasks_of(*names[:4]), "--save_learning_state"])
+    going_on = ["--load_learning_state", str(tmp_path / "out"), "--output_dir", str(tmp_path / "more")]
+    going_on += ["--data_dir", str(tmp_path / "data"), *tasks_of(*names[4:])]
+    with_exemplars = ["--exemplars_in_data_set"] if options.get("memory_size") != 0 else []
+    method, results = run([*going_on, *with_exemplars])
+    assert method.groups == whole.groups and method.arguments == whole.arguments
+    pixels = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(method.logits(pixels), whole.logits(pixels))
+    # What was learned before is measured as one task.
+    assert results.groups == [names[:4], names[4:]]
+    assert results.metrics()["last_accuracy"] == expected.metrics()["last_accuracy"]
+    report = json.loads((tmp_path / "more" / "results.json").read_text())
+    assert report["options"]["method"] == whole.name and report["learned_before"] == names[:4]
+
+
+def test_going_on_takes_new_options_and_images_elsewhere(tmp_path, capsys):
+    path = small_run(tmp_path)
+    run([str(path), "--save_learning_state"])
+    image_folder(tmp_path / "new", classes=3, names=["x", "y", "z"])
+    options = {
+        "load_learning_state": str(tmp_path / "out"),
+        "data_dir": str(tmp_path / "new"),
+        "output_dir": str(tmp_path / "more"),
+        "classes_per_task": 2,
+        "adapter_epochs": 1,
+    }
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(options))
+    capsys.readouterr()
+    command = [str(tmp_path / "more.yaml"), "--seed", "7", "--save_learning_state"]
+    method, results = run(command)
+    assert method.class_names == [*(f"class {index}" for index in range(4)), "x", "y", "z"]
+    assert (method.arguments.adapter_epochs, method.arguments.seed, method.arguments.memory_size) == (1, 7, 8)
+    assert "Task 3/4 (x, y)" in capsys.readouterr().out and results.groups == [["x", "y"], ["z"]]
+    # Interrupted runs go on by their checkpoints, whatever they went on from.
+    _, resumed = run([*command, "--resume_from_checkpoint", "latest"])
+    assert "Task 3/4" not in capsys.readouterr().out and resumed.metrics() == results.metrics()
+    assert load_method(tmp_path / "more").groups == method.groups
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ("--load_learning_state {}/nothing", "nothing has no learning_state.json"),
+        ("--load_learning_state {}/out --lora_rank 4", "brings its model and adapters along; leave lora_rank"),
+        ("--load_learning_state {}/out --method acl", "method='acl' cannot go on with what method='dynammo'"),
+        ("--exemplars_in_data_set", "exemplars_in_data_set is for going on to learn; give load_learning_state"),
+    ],
+)
+def test_going_on_from_something_else_is_refused(options, expected, tmp_path):
+    path = small_run(tmp_path)
+    run([str(path), "--save_learning_state"])
+    (tmp_path / "nothing").mkdir()
+    plain = ["--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "more"), "--classes_per_task", "2"]
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        run([*plain, *options.format(tmp_path).split()])
+    assert not (tmp_path / "more").exists()

@@ -268,7 +268,6 @@ def test_classes_that_none_of_the_images_is_of_may_stray_from_a_map():
     torch.testing.assert_close(left_out_errors(before, after, labels), change.square())
 
 
-
 def test_directions_never_seen_stay_as_they_are():
     before = torch.zeros(20, 3)
     before[:, 0] = torch.arange(20.0)

@@ -153,8 +153,8 @@ def fit_map_of_others(
 ) -> AffineMap:
     """The map of [`fit_affine_map`] for classes that none of its images is of, and how far these may stray from it.
 
-    Its residual is widened, feature by feature, by `1 + 4 / n` times the [`left_out_errors`] of the `n` classes at hand:
-    features by which others cannot be told where they are count for less in what tells classes apart.
+    Its residual is widened, feature by feature, by `1 + 4 / n` times the [`left_out_errors`] of the `n` classes at
+    hand: features that do not tell where others are count for less in what tells classes apart.
 
     Args:
         before (`Tensor`): Features under the old model, `(N, C)`.

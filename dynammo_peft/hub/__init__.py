@@ -4,7 +4,7 @@ from .card_facts import CardFacts
 from .card_picture import draw_accuracy_matrix
 from .commit import check_can_push
 from .export import base_model, save_model
-from .learning import load_method, save_learning_state
+from .learning import load_method, read_learning_options, save_learning_state
 from .loading import from_pretrained, load_adapter
 from .modeling_dynammo import DynammoForImageClassification
 from .onnx import export_onnx
@@ -27,6 +27,7 @@ __all__ = [
     "load_method",
     "model_card",
     "push_to_hub",
+    "read_learning_options",
     "save_learning_state",
     "save_model",
     "save_pretrained",

@@ -24,7 +24,7 @@ COST_FIELDS = ("multiply_adds", "multiply_adds_base", "ratio", "parameters", "pa
 # Options that other parts of the card tell, or that say whose images they are, or name places on somebody's machine.
 _OPTIONS_TOLD_ELSEWHERE = {"method", "groups", "dataset_name", "model_name_or_path", "revision", "report_to"}
 _OPTIONS_OF_PEOPLE = {"domain_column", "domains"}
-_OPTIONS_OF_PLACES = ("_dir", "_path", "_file", "offload_adapters")
+_OPTIONS_OF_PLACES = ("_dir", "_path", "_file", "offload_adapters", "load_learning_state")
 
 # Identifiers that the Hub knows (huggingface.co/docs/hub/repositories-licenses).
 _LICENSES = """

@@ -139,6 +139,28 @@ def load_method(
     return method
 
 
+def read_learning_options(
+    repo_id_or_path: Union[str, os.PathLike], revision: Optional[str] = None, token: Optional[str] = None
+) -> tuple[str, dict[str, Any]]:
+    """
+    The method that a learning state is of, and the options that it has learned with; nothing else is loaded.
+
+    Args:
+        repo_id_or_path (`Union[str, os.PathLike]`): Repository on the Hub, or a folder.
+        revision (`Optional[str]`): As of [`load_method`].
+        token (`Optional[str]`): As of [`load_method`].
+
+    Returns:
+        `tuple[str, dict[str, Any]]`: A key of `METHODS`, and the options by name.
+
+    Raises:
+        ValueError: If there is no learning state, or it is of no use.
+    """
+    source = str(repo_id_or_path)
+    state = _read_state(source, {"revision": revision, "token": token})
+    return state["method"], asdict(_options(METHODS[state["method"]].arguments_cls, state["arguments"], source))
+
+
 def _warn_of_single_images(method: TwoStageMethod) -> None:
     statistics = getattr(method, "statistics", None)
     counts = {} if statistics is None else statistics.counts
