@@ -16,6 +16,7 @@ from tiny import tiny_dataset, tiny_images, tiny_model, tiny_processor
 
 from dynammo_peft import ClassIncrementalScenario, Dynammo, DynammoArguments, DynammoConfig, DynammoLoraConfig, Learner
 from dynammo_peft.data import LabelledImages
+from dynammo_peft.hub import load_method, save_model
 from dynammo_peft.merging import (
     MergeWeights,
     adapter_slots,
@@ -258,6 +259,8 @@ def test_a_backbone_is_not_trained_on_a_class_alone():
 @pytest.mark.parametrize("memory_size", [0, 12])
 def test_statistics_follow_the_merge_by_the_fitted_map(scenario, heads, memory_size):
     options = {"feature_views": 1, "drift_ridge": 0.5, "samples_per_class": 2, "adapter_init": "random"}
+    # Far out: nothing holds a merge back that is asked for.
+    options["merge_options"] = {"first_share": 0.5}
     method = begun(scenario, strong(feature_modules=["layers.1"]), heads=heads, memory_size=memory_size, **options)
     learn_nothing(method, scenario[0])
     old_model, old = copy.deepcopy(method.model), copy.deepcopy(method.statistics)
@@ -312,6 +315,61 @@ def test_statistics_follow_the_merge_by_the_fitted_map(scenario, heads, memory_s
         for label, spread in spreads.items():
             found = method.statistics.class_covariance(label, none, 0.0)
             torch.testing.assert_close(found, spread / 8, rtol=1e-4, atol=1e-5)
+
+
+def drifting(scenario, **options):
+    """A method whose later adapters, drawn at random, take features far away; it has learned two tasks."""
+    config = strong(feature_modules=["layers.1"])
+    method = begun(scenario, config, adapter_init="random", merge="anchored_mean", feature_views=1, **options)
+    torch.manual_seed(1)
+    for task in list(scenario)[:2]:
+        learn_nothing(method, task)
+    return method
+
+
+def between(method, share):
+    """The merge of two adapters: `(1 + share) / 2` of the first and the rest of the second."""
+    first, second = (tensors_of(method.model, name) for name in method.adapters)
+    mixed = {key: value.double().lerp(second[key].double(), (1 - share) / 2) for key, value in first.items()}
+    return {key: value.to(first[key]) for key, value in mixed.items()}
+
+
+def test_without_exemplars_a_merge_is_held_back_until_classes_cannot_stray(scenario, tmp_path):
+    method = drifting(scenario, memory_size=0)
+    share = method.merging.first_share
+    assert 0.5 < share <= 1 - 0.5**7
+    assert_same(tensors_of(method.model, "merged"), between(method, share))
+    # What is known of the new classes is what this merge makes of them.
+    found = features_under(method.model, "merged", scenario.transform(scenario[1].train.images)).double()
+    for label in scenario[1].classes:
+        own = found[scenario[1].train.labels == label].mean(dim=0)
+        torch.testing.assert_close(method.statistics.means[label], own, rtol=1e-5, atol=1e-5)
+    # Later merges do not go back out, and are the same with adapters on the disk.
+    offloaded = drifting(scenario, memory_size=0, offload_adapters=str(tmp_path / "adapters"))
+    for learner in (method, offloaded):
+        torch.manual_seed(2)
+        learn_nothing(learner, scenario[2])
+        assert share <= learner.merging.first_share < 1
+    assert_same(tensors_of(offloaded.model, "merged"), tensors_of(method.model, "merged"), rtol=1e-4, atol=1e-6)
+    # Nor after a break.
+    save_model(method.model, tmp_path / "saved", ["merged"], learning_state_of=method)
+    assert load_method(tmp_path / "saved").merging.first_share == method.merging.first_share
+
+
+@pytest.mark.parametrize(
+    "options, share",
+    [({"memory_size": 12}, 0.5), ({"memory_size": 0, "merge_options": {"first_share": 0.25}}, 0.25)],
+)
+def test_a_merge_is_not_held_back_where_exemplars_show_the_way_or_the_way_is_given(scenario, options, share):
+    method = drifting(scenario, **options)
+    assert_same(tensors_of(method.model, "merged"), between(method, share))
+
+
+def test_a_merge_that_moves_little_is_not_held_back(scenario):
+    method = begun(scenario, memory_size=0)
+    for task in list(scenario)[:2]:
+        learn_nothing(method, task)
+    assert method.merging.first_share == 0.5
 
 
 def test_gaussians_train_heads_on_equally_many_features_of_each_class(scenario):

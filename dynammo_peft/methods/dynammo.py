@@ -20,6 +20,7 @@ from ..data import (
     choose_ridge,
     fit_affine_map,
     fit_map_of_others,
+    left_out_errors,
 )
 from ..tuner import HeadConfig
 from ..tuner.heads import set_class_logits
@@ -35,6 +36,9 @@ from .two_stage import TwoStageMethod, heads_step
 
 
 MERGED = "merged"
+# Without exemplars: how far classes may stray from maps that were fitted to others, and where that ends.
+FARTHEST = 0.3
+LARGEST_SHARE = 0.99
 
 
 class Dynammo(TwoStageMethod):
@@ -109,6 +113,8 @@ class Dynammo(TwoStageMethod):
         if self.statistics is not None and len(self.statistics):
             for prefix, part in self._parts().items():
                 tensors |= {f"{prefix}.{name}": tensor for name, tensor in part.state().items()}
+        if self.merging.first_share is not None:
+            values = {**values, "first_share": self.merging.first_share}
         return values, tensors | self.merging.state()
 
     def restore(
@@ -122,6 +128,9 @@ class Dynammo(TwoStageMethod):
             for prefix, part in self._parts().items():
                 part.restore(under(f"{prefix}.", tensors))
         self.merging.restore(self.adapters, tensors)
+        if self.merging.first_share is not None:
+            # Older states do not have it.
+            self.merging.first_share = values.get("first_share", self.merging.first_share)
         first = self.adapters[0] if self.adapters else None
         if self.folder is not None and first is not None and first not in self.model.peft_config:
             self.model.load_adapter(self.folder.path / first, first)
@@ -141,6 +150,7 @@ class Dynammo(TwoStageMethod):
         features = self.features(shown, MERGED, self.views)
         if moves:
             if self.anchor is not None:
+                features = self._hold_back(before, features, shown)
                 first = self.anchor.features(task.train)
                 self.anchor.correct(self.statistics, first, before[:, : len(task.train)], task.train.labels)
                 self.anchor.take_in(first, task.train.labels)
@@ -212,13 +222,42 @@ class Dynammo(TwoStageMethod):
                 heads.get_parameter(name)[: len(value)] = value
         return heads
 
+    def _hold_back(self, before: Tensor, after: Tensor, shown: LabelledImages) -> Tensor:
+        """Shortens the merge until classes of which no image is there cannot stray far; returns the features then.
+
+        Args:
+            before (`Tensor`): Features of the images under the last merge, `(V, N, C)`.
+            after (`Tensor`): Their features under this one.
+            shown (`LabelledImages`): The images.
+        """
+        variances = self.statistics.pooled_covariance().diagonal()
+        while self.merging.first_share is not None and self.merging.first_share < LARGEST_SHARE:
+            if self._strays(before, after, shown.labels, variances) <= FARTHEST:
+                break
+            self.merging.hold_back(self.adapters[0], MERGED, shown)
+            after = self.features(shown, MERGED, self.views)
+        return after
+
+    def _strays(self, before: Tensor, after: Tensor, labels: Tensor, variances: Tensor) -> float:
+        """How far classes stray from maps fitted to others: root mean square, in deviations within classes."""
+        before, after, labels = before.flatten(0, 1), after.flatten(0, 1), labels.repeat(self.views)
+        ridge = self._ridge(before, after, labels, variances)
+        errors = left_out_errors(before, after, labels, ridge, variances=variances)
+        # Single images have no variance to compare with.
+        units = variances + 0.01 * variances.mean() if variances.any() else torch.ones_like(variances)
+        return float((errors / units).mean().sqrt())
+
+    def _ridge(self, before: Tensor, after: Tensor, labels: Tensor, variances: Tensor) -> float:
+        """How strongly maps are pulled to the identity."""
+        if self.arguments.drift_ridge is not None:
+            return self.arguments.drift_ridge
+        return choose_ridge(before, after, labels, variances=variances)
+
     def _move_statistics(self, before: Tensor, after: Tensor, labels: Tensor) -> None:
         """Moves the class statistics along with the features of the images at hand, `(V, N, C)`."""
         before, after, labels = before.flatten(0, 1), after.flatten(0, 1), labels.repeat(self.views)
         variances = self.statistics.pooled_covariance().diagonal()
-        ridge = self.arguments.drift_ridge
-        if ridge is None:
-            ridge = choose_ridge(before, after, labels, variances=variances)
+        ridge = self._ridge(before, after, labels, variances)
         if self.anchor is None:
             step = fit_affine_map(before, after, ridge, variances)
         else:

@@ -18,6 +18,7 @@ from ..merging import (
     learn_merge_weights,
     merge_into,
 )
+from ..merging.functions import FIRST_SHARE
 from ..merging.recalibration import recalibrate
 from ..merging.registry import COMBINATIONS, check_runs
 from ..tuner.head_config import check_choice
@@ -45,8 +46,9 @@ class MergingArguments:
         default=None,
         metadata={
             "help": f"Merge function: {', '.join(name for name in COMBINATIONS if name not in RUNNING)}, or of LoRA "
-            "'cat'. If unset, 'anchored_mean': half way from the first task's adapter to the mean of all; with "
-            "learned weights, preset='paper' or LoRA of adapter_init='random' the mean ('linear', of LoRA 'cat')."
+            "'cat'. If unset, 'anchored_mean': half way from the first task's adapter to the mean of all (less far "
+            "with memory_size=0, where old classes could be lost); with learned weights, preset='paper' or LoRA of "
+            "adapter_init='random' the mean ('linear', of LoRA 'cat')."
         },
     )
     merge_options: Optional[str] = field(
@@ -118,6 +120,9 @@ class Merging:
                 "sum of their updates is made; choose 'uniform' for the mean of their factors, or 'cat' for the mean "
                 "of their updates."
             )
+        # How far the merge stays with the first adapter, where nothing else was asked for.
+        automatic_share = self.combination_type == "anchored_mean" and "first_share" not in self.options
+        self.first_share: Optional[float] = FIRST_SHARE if automatic_share else None
         # What PEFT alone has takes the options of a weighted sum: none.
         function = COMBINATIONS.get(self.combination_type, COMBINATIONS["linear"])
         check_options(self.combination_type, function, self.options)
@@ -187,6 +192,8 @@ class Merging:
         With `offload_adapters` the newest is taken into what was merged before.
         """
         options = dict(self.options)
+        if self.first_share is not None:
+            options["first_share"] = self.first_share
         if self.arguments.offload_adapters is not None and len(adapters) > 1:
             count = len(adapters) - 1
             merge_into(
@@ -203,6 +210,23 @@ class Merging:
         self.method.model.add_weighted_adapter(
             adapters, adapter_name=merged, combination_type=self.combination_type, **options
         )
+        self._recalibrate(merged, shown)
+
+    @torch.no_grad()
+    def hold_back(self, first: str, merged: str, shown: LabelledImages) -> None:
+        """Takes a merge half of its way back to the first adapter; later merges do not go further.
+
+        Args:
+            first (`str`): Name of the first adapter.
+            merged (`str`): Name of the merged one.
+            shown (`LabelledImages`): As of `merge`.
+        """
+        of_first = adapter_tensors(self.method.model, first)
+        for key, tensor in adapter_tensors(self.method.model, merged).items():
+            # BatchNorm counts batches too, which are no statistics.
+            if tensor.is_floating_point():
+                tensor.lerp_(of_first[key], 0.5)
+        self.first_share = (1 + self.first_share) / 2
         self._recalibrate(merged, shown)
 
     def learn_weights(
