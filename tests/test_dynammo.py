@@ -344,12 +344,12 @@ def test_without_exemplars_a_merge_is_held_back_until_classes_cannot_stray(scena
     for label in scenario[1].classes:
         own = found[scenario[1].train.labels == label].mean(dim=0)
         torch.testing.assert_close(method.statistics.means[label], own, rtol=1e-5, atol=1e-5)
-    # Later merges do not go back out, and are the same with adapters on the disk.
+    # Later merges keep the share, and are the same with adapters on the disk.
     offloaded = drifting(scenario, memory_size=0, offload_adapters=str(tmp_path / "adapters"))
     for learner in (method, offloaded):
         torch.manual_seed(2)
         learn_nothing(learner, scenario[2])
-        assert share <= learner.merging.first_share < 1
+        assert learner.merging.first_share == share
     assert_same(tensors_of(offloaded.model, "merged"), tensors_of(method.model, "merged"), rtol=1e-4, atol=1e-6)
     # Nor after a break.
     save_model(method.model, tmp_path / "saved", ["merged"], learning_state_of=method)
@@ -363,6 +363,16 @@ def test_without_exemplars_a_merge_is_held_back_until_classes_cannot_stray(scena
 def test_a_merge_is_not_held_back_where_exemplars_show_the_way_or_the_way_is_given(scenario, options, share):
     method = drifting(scenario, **options)
     assert_same(tensors_of(method.model, "merged"), between(method, share))
+
+
+def test_the_first_merge_that_moves_is_the_first(scenario):
+    """Tasks of one class have copies of the first adapter, whose merge is that adapter."""
+    method = begun(one_by_one(4), strong(), adapter_init="random", merge="anchored_mean", memory_size=0)
+    for task in one_by_one(4):
+        learn_nothing(method, task)
+        assert method.merging.is_at(method.adapters[0], "merged")
+    assert method.merging.first_share == 0.5
+    assert not drifting(scenario, memory_size=0).merging.is_at("task_000", "merged")
 
 
 def test_a_merge_that_moves_little_is_not_held_back(scenario):

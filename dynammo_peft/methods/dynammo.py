@@ -146,11 +146,13 @@ class Dynammo(TwoStageMethod):
         shown = task.train if exemplars is None else LabelledImages.concatenate([task.train, exemplars])
         moves = self.statistics is not None and task.index > 0 and not self.arguments.first_session
         before = self.features(shown, MERGED, self.views) if moves else None
+        leaves_first = moves and self.anchor is not None and self.merging.is_at(self.adapters[0], MERGED)
         heads = self._merge(task, shown)
         features = self.features(shown, MERGED, self.views)
         if moves:
-            if self.anchor is not None:
+            if leaves_first:
                 features = self._hold_back(before, features, shown)
+            if self.anchor is not None:
                 first = self.anchor.features(task.train)
                 self.anchor.correct(self.statistics, first, before[:, : len(task.train)], task.train.labels)
                 self.anchor.take_in(first, task.train.labels)
@@ -223,12 +225,18 @@ class Dynammo(TwoStageMethod):
         return heads
 
     def _hold_back(self, before: Tensor, after: Tensor, shown: LabelledImages) -> Tensor:
-        """Shortens the merge until classes of which no image is there cannot stray far; returns the features then.
+        """Shortens the first merge until classes of which no image is there cannot stray far.
+
+        Later ones keep its share of the first adapter: half of their way back to it would take them from where they
+        came from (docs/merging_log.md).
 
         Args:
-            before (`Tensor`): Features of the images under the last merge, `(V, N, C)`.
-            after (`Tensor`): Their features under this one.
+            before (`Tensor`): Features of the images under the first adapter, `(V, N, C)`.
+            after (`Tensor`): Their features under the merged one.
             shown (`LabelledImages`): The images.
+
+        Returns:
+            `Tensor`: Their features under the merged adapter as it is then.
         """
         variances = self.statistics.pooled_covariance().diagonal()
         while self.merging.first_share is not None and self.merging.first_share < LARGEST_SHARE:

@@ -212,9 +212,15 @@ class Merging:
         )
         self._recalibrate(merged, shown)
 
+    def is_at(self, adapter: str, merged: str) -> bool:
+        """Whether an adapter and the merged one are the same, but for rounding: all were copies of it so far."""
+        own = adapter_tensors(self.method.model, adapter)
+        others = adapter_tensors(self.method.model, merged)
+        return all(torch.allclose(tensor, others[key], rtol=1e-4, atol=1e-7) for key, tensor in own.items())
+
     @torch.no_grad()
     def hold_back(self, first: str, merged: str, shown: LabelledImages) -> None:
-        """Takes a merge half of its way back to the first adapter; later merges do not go further.
+        """Takes a merge half of its way back to the first adapter, whose share later merges keep.
 
         Args:
             first (`str`): Name of the first adapter.
