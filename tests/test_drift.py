@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dynammo_peft.data import ClassStatistics, choose_ridge, drift, fit_affine_map, fit_correction
+from dynammo_peft.data import ClassStatistics, choose_ridge, fit_affine_map, fit_correction, regression
 
 
 def drifting(images, features=12, classes=7, offset=0.0, dtype=torch.float64, seed=0):
@@ -66,7 +66,7 @@ def close(found, expected, tolerance=1e-9):
 # Of twelve features: fewer images, as many, one chunk, several.
 @pytest.fixture(params=[9, 12, 30, 97])
 def images(request, monkeypatch):
-    monkeypatch.setattr(drift, "CHUNK", 30)
+    monkeypatch.setattr(regression, "CHUNK", 30)
     return request.param
 
 
@@ -136,7 +136,7 @@ class PeakMemory(TorchDispatchMode):
     ids=["choose", "correct", "map"],
 )
 def test_memory_is_for_matrices_and_a_chunk_but_not_for_all_images(monkeypatch, call):
-    monkeypatch.setattr(drift, "CHUNK", 100)
+    monkeypatch.setattr(regression, "CHUNK", 100)
     count, width = 10000, 40
     before, after, labels = drifting(count, width, dtype=torch.float32)
     with PeakMemory(before, after, labels) as memory:
