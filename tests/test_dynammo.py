@@ -365,14 +365,15 @@ def test_a_merge_is_not_held_back_where_exemplars_show_the_way_or_the_way_is_giv
     assert_same(tensors_of(method.model, "merged"), between(method, share))
 
 
-def test_the_first_merge_that_moves_is_the_first(scenario):
+def test_the_first_merge_that_moves_is_held_back_after_copies_too():
     """Tasks of one class have copies of the first adapter, whose merge is that adapter."""
-    method = begun(one_by_one(4), strong(), adapter_init="random", merge="anchored_mean", memory_size=0)
-    for task in one_by_one(4):
-        learn_nothing(method, task)
-        assert method.merging.is_at(method.adapters[0], "merged")
-    assert method.merging.first_share == 0.5
-    assert not drifting(scenario, memory_size=0).merging.is_at("task_000", "merged")
+    train, test = (tiny_dataset(6, per_class, seed=seed) for per_class, seed in ((8, 0), (4, 1)))
+    groups = [["class 0", "class 1"], ["class 2"], ["class 4", "class 5"]]
+    tasks = ClassIncrementalScenario(train, test, tiny_processor(32), groups=groups, progress=False)
+    method = drifting(tasks, memory_size=0)
+    assert method.merging.is_at(method.adapters[0], "merged") and method.merging.first_share == 0.5
+    learn_nothing(method, tasks[2])
+    assert method.merging.first_share > 0.5
 
 
 def test_a_merge_that_moves_little_is_not_held_back(scenario):

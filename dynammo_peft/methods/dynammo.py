@@ -146,7 +146,8 @@ class Dynammo(TwoStageMethod):
         shown = task.train if exemplars is None else LabelledImages.concatenate([task.train, exemplars])
         moves = self.statistics is not None and task.index > 0 and not self.arguments.first_session
         before = self.features(shown, MERGED, self.views) if moves else None
-        leaves_first = moves and self.anchor is not None and self.merging.is_at(self.adapters[0], MERGED)
+        may_hold_back = moves and self.anchor is not None and self.merging.first_share is not None
+        leaves_first = may_hold_back and self.merging.is_at(self.adapters[0], MERGED)
         heads = self._merge(task, shown)
         features = self.features(shown, MERGED, self.views)
         if moves:
@@ -239,9 +240,10 @@ class Dynammo(TwoStageMethod):
             `Tensor`: Their features under the merged adapter as it is then.
         """
         variances = self.statistics.pooled_covariance().diagonal()
-        while self.merging.first_share is not None and self.merging.first_share < LARGEST_SHARE:
-            if self._strays(before, after, shown.labels, variances) <= FARTHEST:
-                break
+        while (
+            self.merging.first_share < LARGEST_SHARE
+            and self._strays(before, after, shown.labels, variances) > FARTHEST
+        ):
             self.merging.hold_back(self.adapters[0], MERGED, shown)
             after = self.features(shown, MERGED, self.views)
         return after
