@@ -20,7 +20,8 @@ RECIPE = ROOT / "recipes" / "class_incremental.py"
 sys.path.insert(0, str(RECIPE.parent))
 
 from backbone import ModelArguments, adapter_config, choose_adapter  # noqa: E402
-from class_incremental import parse_arguments, run  # noqa: E402
+from class_incremental import run  # noqa: E402
+from options import parse_arguments  # noqa: E402
 
 from dynammo_peft import DynammoConfig, DynammoLoraConfig  # noqa: E402
 from dynammo_peft.hub import load_method  # noqa: E402
