@@ -203,6 +203,8 @@ def finish(
 def main() -> None:
     """Runs the command line; bad input ends in one line."""
     logging.basicConfig(level=logging.WARNING)
+    # What a method decides on its own.
+    logging.getLogger("dynammo_peft").setLevel(logging.INFO)
     try:
         run(sys.argv[1:])
     except (ValueError, OSError) as error:

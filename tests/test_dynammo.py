@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import logging
 import types
 
 import datasets
@@ -334,10 +335,12 @@ def between(method, share):
     return {key: value.to(first[key]) for key, value in mixed.items()}
 
 
-def test_without_exemplars_a_merge_is_held_back_until_classes_cannot_stray(scenario, tmp_path):
-    method = drifting(scenario, memory_size=0)
+def test_without_exemplars_a_merge_is_held_back_until_classes_cannot_stray(scenario, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "dynammo_peft"):
+        method = drifting(scenario, memory_size=0)
     share = method.merging.first_share
     assert 0.5 < share <= 1 - 0.5**7
+    assert f"the first adapter's share of the merge is {share:.4g}" in caplog.messages[-1]
     assert_same(tensors_of(method.model, "merged"), between(method, share))
     # What is known of the new classes is what this merge makes of them.
     found = features_under(method.model, "merged", scenario.transform(scenario[1].train.images)).double()
@@ -376,11 +379,12 @@ def test_the_first_merge_that_moves_is_held_back_after_copies_too():
     assert method.merging.first_share > 0.5
 
 
-def test_a_merge_that_moves_little_is_not_held_back(scenario):
+def test_a_merge_that_moves_little_is_not_held_back(scenario, caplog):
     method = begun(scenario, memory_size=0)
-    for task in list(scenario)[:2]:
-        learn_nothing(method, task)
-    assert method.merging.first_share == 0.5
+    with caplog.at_level(logging.INFO, "dynammo_peft"):
+        for task in list(scenario)[:2]:
+            learn_nothing(method, task)
+    assert method.merging.first_share == 0.5 and not caplog.messages
 
 
 def test_gaussians_train_heads_on_equally_many_features_of_each_class(scenario):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -35,10 +36,30 @@ from .state import under
 from .two_stage import TwoStageMethod, heads_step
 
 
+logger = get_logger(__name__)
+
 MERGED = "merged"
 # Without exemplars: how far classes may stray from maps that were fitted to others, and where that ends.
 FARTHEST = 0.3
 LARGEST_SHARE = 0.99
+
+
+class _Moves(NamedTuple):
+    """Features of the images at hand before and after a merge, and how a map of them is to be fitted.
+
+    Args:
+        before (`Tensor`): `(V * N, C)`.
+        after (`Tensor`): `(V * N, C)`.
+        labels (`Tensor`): Their classes, `(V * N,)`.
+        ridge (`float`): How strongly the map is pulled to the identity.
+        variances (`Tensor`): Of each feature within classes, `(C,)`.
+    """
+
+    before: Tensor
+    after: Tensor
+    labels: Tensor
+    ridge: float
+    variances: Tensor
 
 
 class Dynammo(TwoStageMethod):
@@ -239,40 +260,44 @@ class Dynammo(TwoStageMethod):
         Returns:
             `Tensor`: Their features under the merged adapter as it is then.
         """
-        variances = self.statistics.pooled_covariance().diagonal()
-        while (
-            self.merging.first_share < LARGEST_SHARE
-            and self._strays(before, after, shown.labels, variances) > FARTHEST
-        ):
+        stray = self._stray(before, after, shown.labels)
+        while stray > FARTHEST and self.merging.first_share < LARGEST_SHARE:
             self.merging.hold_back(self.adapters[0], MERGED, shown)
+            logger.info(
+                "Classes left out of drift maps stray from them by %.2g deviations within classes, and old ones may "
+                "too: the first adapter's share of the merge is %.4g from now on.",
+                stray,
+                self.merging.first_share,
+            )
             after = self.features(shown, MERGED, self.views)
+            stray = self._stray(before, after, shown.labels)
         return after
 
-    def _strays(self, before: Tensor, after: Tensor, labels: Tensor, variances: Tensor) -> float:
+    def _stray(self, before: Tensor, after: Tensor, labels: Tensor) -> float:
         """How far classes stray from maps fitted to others: root mean square, in deviations within classes."""
-        before, after, labels = before.flatten(0, 1), after.flatten(0, 1), labels.repeat(self.views)
-        ridge = self._ridge(before, after, labels, variances)
-        errors = left_out_errors(before, after, labels, ridge, variances=variances)
+        moves = self._moves(before, after, labels)
+        variances, errors = moves.variances, left_out_errors(**moves._asdict())
         # Single images have no variance to compare with.
         units = variances + 0.01 * variances.mean() if variances.any() else torch.ones_like(variances)
         return float((errors / units).mean().sqrt())
 
-    def _ridge(self, before: Tensor, after: Tensor, labels: Tensor, variances: Tensor) -> float:
-        """How strongly maps are pulled to the identity."""
-        if self.arguments.drift_ridge is not None:
-            return self.arguments.drift_ridge
-        return choose_ridge(before, after, labels, variances=variances)
+    def _moves(self, before: Tensor, after: Tensor, labels: Tensor) -> _Moves:
+        """What drift maps are fitted to, given features `(V, N, C)` and labels `(N,)`."""
+        before, after, labels = before.flatten(0, 1), after.flatten(0, 1), labels.repeat(self.views)
+        variances = self.statistics.pooled_covariance().diagonal()
+        ridge = self.arguments.drift_ridge
+        if ridge is None:
+            ridge = choose_ridge(before, after, labels, variances=variances)
+        return _Moves(before, after, labels, ridge, variances)
 
     def _move_statistics(self, before: Tensor, after: Tensor, labels: Tensor) -> None:
         """Moves the class statistics along with the features of the images at hand, `(V, N, C)`."""
-        before, after, labels = before.flatten(0, 1), after.flatten(0, 1), labels.repeat(self.views)
-        variances = self.statistics.pooled_covariance().diagonal()
-        ridge = self._ridge(before, after, labels, variances)
+        moves = self._moves(before, after, labels)
         if self.anchor is None:
-            step = fit_affine_map(before, after, ridge, variances)
+            step = fit_affine_map(moves.before, moves.after, moves.ridge, moves.variances)
         else:
             # No image is of old classes.
-            step = fit_map_of_others(before, after, labels, ridge, variances)
+            step = fit_map_of_others(**moves._asdict())
             self.anchor.follow(step)
         self.statistics.move(step)
 
