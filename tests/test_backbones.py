@@ -1,5 +1,7 @@
 """Ranking backbones by what their features tell of the classes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import tiny_dataset, tiny_model, tiny_processor
@@ -77,3 +79,10 @@ def test_an_unsupported_candidate_is_named_before_anything_is_computed(candidate
     DeiTConfig(architectures=["DeiTForImageClassificationWithTeacher"]).save_pretrained(tmp_path / "distilled")
     with pytest.raises(ValueError, match="distilled' has two classifiers.*leave it out"):
         recommend_backbone(tiny_dataset(), [*candidates, str(tmp_path / "distilled")], shots=2, progress=False)
+
+
+def test_a_candidate_without_an_image_processor_is_named_before_anything_is_computed(candidates, monkeypatch):
+    (Path(candidates[1]) / "preprocessor_config.json").unlink()
+    monkeypatch.setattr("dynammo_peft.evaluation.backbones._features", None)
+    with pytest.raises(OSError, match="blind"):
+        recommend_backbone(tiny_dataset(), candidates, shots=2, progress=False)

@@ -73,6 +73,7 @@ def recommend_backbone(
     Raises:
         ValueError: If there are no candidates, one is of no supported type, or a class has fewer than `2 * shots`
             images.
+        OSError: If a candidate, or its image processor, cannot be found.
 
     Example:
 
@@ -91,12 +92,11 @@ def recommend_backbone(
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
     rows = _draw(dataset, label_column, 2 * shots, seed)
-    _check_candidates(candidates)
+    processors = _checked_processors(candidates)
     few = dataset.select(rows)
     scores = []
-    for checkpoint in candidates:
+    for checkpoint, processor in processors.items():
         model = AutoModelForImageClassification.from_pretrained(checkpoint)
-        processor = AutoImageProcessor.from_pretrained(checkpoint)
         if image_size is not None:
             processor = resized_image_processor(processor, image_size)
         names = few.features[label_column].names
@@ -117,8 +117,9 @@ def recommend_backbone(
     return sorted(scores, key=lambda score: -score.accuracy)
 
 
-def _check_candidates(candidates: Sequence[str]) -> None:
-    """Refuses models whose parts are not known before anything is computed with the others."""
+def _checked_processors(candidates: Sequence[str]) -> dict[str, Any]:
+    """Image processors of candidates, which are refused here before anything is computed with the others."""
+    processors = {}
     for checkpoint in candidates:
         config = AutoConfig.from_pretrained(checkpoint)
         model_type = config.model_type
@@ -132,6 +133,8 @@ def _check_candidates(candidates: Sequence[str]) -> None:
                 f"Candidate {checkpoint!r} is of model type {model_type!r}, whose features heads cannot read without "
                 f"more being said; leave it out. Supported: {', '.join(ARCHITECTURES)}."
             )
+        processors[checkpoint] = AutoImageProcessor.from_pretrained(checkpoint)
+    return processors
 
 
 def _draw(dataset: datasets.Dataset, label_column: str, count: int, seed: int) -> list[int]:
