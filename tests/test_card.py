@@ -261,12 +261,13 @@ def test_exemplars_and_statistics_are_told_and_images_first_of_all():
     plain = model_card(facts()).text
     assert "No training images are included." in plain
     assert "No class statistics are included." in plain
-    assert "row numbers" not in plain
+    assert "row numbers" not in plain and "squared gradients" not in plain
     told = model_card(facts(exemplar_images=True, exemplar_indices=40, class_statistics=True)).text
     assert told.index("holds training images") < told.index("## What it is")
     assert "No training images" not in told
     assert "row numbers of 40 training images" in told
     assert "No class statistics" not in told
+    assert "squared gradients" in model_card(facts(merge_statistics=True)).text
 
 
 def test_medical_use_and_the_paper():

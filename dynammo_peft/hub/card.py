@@ -94,6 +94,7 @@ def model_card(facts: CardFacts, picture: Optional[str] = None) -> ModelCard:
         exemplar_images=facts.exemplar_images,
         exemplar_indices=facts.exemplar_indices,
         class_statistics=facts.class_statistics,
+        merge_statistics=facts.merge_statistics,
     )
     card.text = card.text.rstrip() + "\n"
     return card

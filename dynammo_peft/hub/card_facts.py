@@ -70,6 +70,8 @@ class CardFacts:
         exemplar_images (`bool`): Whether the repository holds training images.
         exemplar_indices (`int`): How many training images are named by their row numbers.
         class_statistics (`bool`): Whether the repository holds means and covariances of features.
+        merge_statistics (`bool`): Whether it holds what a merge goes by of each task's images: squared gradients, or
+            products of what enters a layer.
         unknown_score (`bool`): Whether the model's output says how little an image fits any class.
         license (`Optional[str]`): The model's licence: one of the Hub's identifiers, or a name of your own.
         license_link (`Optional[str]`): For a licence of your own: its address, or `"LICENSE"`.
@@ -101,6 +103,7 @@ class CardFacts:
     exemplar_images: bool = False
     exemplar_indices: int = 0
     class_statistics: bool = False
+    merge_statistics: bool = False
     unknown_score: bool = False
     license: Optional[str] = None
     license_link: Optional[str] = None

@@ -64,7 +64,8 @@ def save_model(
         directory (`Union[str, os.PathLike]`): Where to; replaced if it exists.
         adapters (`Sequence[str]`): Names of the adapters.
         image_processor (`Optional[BaseImageProcessor]`): The image processor that the model was trained with.
-        save_backbone (`Optional[bool]`): Whether the backbone goes along; if `None`, one that is new or was trained.
+        save_backbone (`Optional[bool]`): Whether the backbone goes along; if `None`, one that is new, was trained or
+            is a pickle. One that is in the directory stays in it.
         learning_state_of (`Optional[TwoStageMethod]`): The method whose model it is, to go on learning later
             ([`load_method`]): all task adapters, row numbers of exemplars and class statistics go along.
         include_exemplars (`bool`): Whether the exemplars' images go along too.
@@ -81,21 +82,26 @@ def save_model(
     """
     check_learning_state(model, learning_state_of, include_exemplars)
     if learning_state_of is not None:
-        adapters = list(dict.fromkeys([*adapters, *learning_state_of.adapters]))
+        needed = [*learning_state_of.adapters, *learning_state_of.inference_adapters]
+        adapters = list(dict.fromkeys([*adapters, *needed]))
     target = Path(directory).resolve()
-    if save_backbone is None:
-        save_backbone = _is_new_or_trained(model)
+    source = _place(model)
+    if os.path.isdir(source) and Path(source).resolve().is_relative_to(target):
+        # It would be gone with what is in the directory now.
+        save_backbone = True
+    elif save_backbone is None:
+        save_backbone = _is_new_or_trained(model) or _is_pickled(source)
     stored = [name for name in adapters if name not in model.peft_config and learning_state_of is not None]
     with replaced_folder(target) as partial:
         if save_backbone:
             base_model(model).save_pretrained(partial / BACKBONE)
-        place = str(target / BACKBONE) if save_backbone else _place(model)
+        place = str(target / BACKBONE) if save_backbone else source
         with _backbone_at(model, place, save_backbone):
             # There are no embeddings of words, so PEFT need not look for the base model's vocabulary.
             in_model = [name for name in adapters if name not in stored]
             model.save_pretrained(partial, selected_adapters=in_model, save_embedding_layers=False)
         for name in stored:
-            _copy_stored(learning_state_of.folder, name, partial / name, place, save_backbone)
+            _copy_stored(model, learning_state_of.folder, name, partial / name, place, save_backbone)
         if image_processor is not None:
             for folder in (partial, *(partial / name for name in adapters)):
                 image_processor.save_pretrained(folder)
@@ -109,11 +115,23 @@ def _is_new_or_trained(model: PeftModel) -> bool:
     return new or any(getattr(config, "backbone_trained", False) for config in model.peft_config.values())
 
 
+def _is_pickled(place: str) -> bool:
+    """Whether a folder has weights that nothing of this package would load again."""
+    return os.path.isdir(place) and not any(Path(place).glob("*.safetensors"))
+
+
 def _place(model: PeftModel) -> str:
     """Where the backbone was loaded from."""
     name = model.get_base_model().name_or_path
     # A relative path would hold only for who starts from the same folder.
     return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def auto_mapping(model: PeftModel, config: PeftConfig) -> Optional[dict[str, str]]:
+    """What PEFT's auto classes find the class of the base model by, where the configuration names no task."""
+    base = type(model.get_base_model())
+    known = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    return known if config.task_type is None else None
 
 
 @contextmanager
@@ -132,12 +150,12 @@ def _backbone_at(model: PeftModel, place: str, saved: bool) -> Iterator[None]:
 def _set_backbone(config: PeftConfig, place: str, saved: bool) -> None:
     config.base_model_name_or_path = place or config.base_model_name_or_path
     if saved:
-        config.backbone_trained = False
+        config.backbone_trained, config.revision = False, None
 
 
-def _copy_stored(stored: AdapterFolder, name: str, folder: Path, place: str, saved: bool) -> None:
+def _copy_stored(model: PeftModel, stored: AdapterFolder, name: str, folder: Path, place: str, saved: bool) -> None:
     """Copies an adapter that is not in the model."""
     shutil.copytree(stored.path / name, folder)
     config = copy.deepcopy(stored.configs[name])
     _set_backbone(config, place, saved)
-    config.save_pretrained(folder)
+    config.save_pretrained(folder, auto_mapping_dict=auto_mapping(model, config))

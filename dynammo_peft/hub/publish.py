@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from ..folders import replaced_folder
+from ..methods import Dynammo
 from ..methods.offload import AdapterFolder
 from ..methods.two_stage import TwoStageMethod
 from ..tuner.head_config import HeadConfig, check_choice
@@ -21,6 +22,7 @@ from .allowlist import ADAPTER_WEIGHTS, SUPERSEDED, publishable_files
 from .card import write_model_card
 from .card_facts import CardFacts, Form
 from .commit import check_can_push, commit_files, hub_api, hub_errors
+from .export import auto_mapping
 from .learning import check_learning_state, save_learning_state
 from .published_base import base_repository, published_base
 from .standalone import to_standalone
@@ -94,7 +96,7 @@ def save_pretrained(
         facts = replace(facts, base_model=base_model, base_model_revision=base_model_revision if base_model else None)
     with replaced_folder(directory) as folder:
         if form == "adapter":
-            for name, place in {adapter_name: folder, **{name: folder / name for name in task_adapters}}.items():
+            for name, place in [(adapter_name, folder), *((name, folder / name) for name in task_adapters)]:
                 stored = None if name in model.peft_config else learning_state_of.folder
                 _write_adapter(model, name, place, base_model, base_model_revision, stored)
         else:
@@ -210,6 +212,11 @@ def _check_adapters(
             raise ValueError(
                 f"The model has no adapter {name!r} with classes; choose one of its own ({known or 'none'})."
             )
+    if method is not None and adapter_name not in method.inference_adapters:
+        raise ValueError(
+            f"Learning goes on with adapter {method.inference_adapters[0]!r}, and adapter_name={adapter_name!r} would "
+            "take its place; leave adapter_name or learning_state_of out."
+        )
     if task_adapters and form != "adapter":
         raise ValueError(f"form={form!r} holds one adapter; leave task_adapters out, or choose form='adapter'.")
     return configs[adapter_name]
@@ -257,6 +264,7 @@ def _complete(
         exemplar_images=include_exemplars and len(method.memory) > 0,
         exemplar_indices=0 if method is None else len(method.exemplar_rows),
         class_statistics=getattr(method, "statistics", None) is not None,
+        merge_statistics=isinstance(method, Dynammo) and method.merging.measurements.kind is not None,
     )
 
 
@@ -278,6 +286,4 @@ def _write_adapter(
     config.base_model_name_or_path, config.revision, config.inference_mode = base_model, revision, True
     # That repository holds the backbone as it is now, or nothing would be written.
     config.backbone_trained = False
-    base = type(model.get_base_model())
-    auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-    config.save_pretrained(folder, auto_mapping_dict=auto_mapping if config.task_type is None else None)
+    config.save_pretrained(folder, auto_mapping_dict=auto_mapping(model, config))
