@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import Union
 
 
+def check_replaceable(directory: Union[str, os.PathLike]) -> None:
+    """Raises a `ValueError` if a folder cannot be replaced as a whole, whatever is written."""
+    if os.path.ismount(directory):
+        raise ValueError(f"{os.fspath(directory)} is a mount point, which nothing can replace; choose a folder in it.")
+
+
 @contextmanager
 def replaced_folder(directory: Union[str, os.PathLike]) -> Iterator[Path]:
     """Gives an empty folder beside `directory` to write into, which takes its place once all is written.
@@ -18,7 +24,11 @@ def replaced_folder(directory: Union[str, os.PathLike]) -> Iterator[Path]:
 
     Args:
         directory (`Union[str, os.PathLike]`): The folder to replace; it need not exist.
+
+    Raises:
+        ValueError: If it is a mount point.
     """
+    check_replaceable(directory)
     target = Path(directory).resolve()
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Learning goes on: in a scenario that begins behind tasks learned before, with a method's restored state."""
 
+import copy
 import json
 import shutil
 import warnings
@@ -150,6 +151,79 @@ def test_going_on_from_a_folder_needs_no_hub(base, options, tmp_path, monkeypatc
     images = tiny_images("vit")
     # Where files are read into memory decides how sums are rounded.
     torch.testing.assert_close(again.logits(images), uninterrupted.logits(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", ["new", "pickled"])
+def test_a_state_saved_in_its_own_place_keeps_its_backbone(base, tmp_path):
+    model = tiny_model("vit")
+    if base == "pickled":
+        model.save_pretrained(tmp_path / "base")
+        (tmp_path / "base" / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "base" / "pytorch_model.bin")
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+    uninterrupted, method = (Dynammo(copy.deepcopy(model), small(memory_size=0)) for _ in range(2))
+    fit(uninterrupted, scenario(3))
+    fit(method, scenario(2))
+    place = tmp_path / "cells"
+    save_model(method.model, place, ["merged"], tiny_processor(), learning_state_of=method)
+    method = load_method(place)
+    fit(method, scenario(1, learned=2))
+    save_model(method.model, place, ["merged"], tiny_processor(), learning_state_of=method)
+    torch.testing.assert_close(load_method(place).logits(tiny_images("vit")), uninterrupted.logits(tiny_images("vit")))
+
+
+def test_what_learning_goes_on_with_is_saved_whoever_names_it(tmp_path):
+    method = dynammo()
+    fit(method, scenario(2))
+    save_model(method.model, tmp_path / "cells", method.adapters, learning_state_of=method)
+    assert_equal_models(load_method(tmp_path / "cells").model, method.model)
+    published(method, tmp_path)
+    with pytest.raises(ValueError, match="Learning goes on with adapter 'merged', and adapter_name='task_000' would"):
+        save_pretrained(method.model, tmp_path / "more", adapter_name="task_000", learning_state_of=method)
+
+
+def test_a_state_that_is_saved_again_names_the_same_exemplars(tmp_path):
+    method = dynammo()
+    fit(method, scenario(2))
+    rows, labels = method.exemplar_rows, method.exemplar_labels
+    assert len(rows) == 12 and labels == [label for label in range(4) for _ in range(3)]
+    for place in ("once", "twice"):
+        save_model(method.model, tmp_path / place, ["merged"], learning_state_of=method)
+        method = load_method(tmp_path / place)
+        assert (method.exemplar_rows, method.exemplar_labels) == (rows, labels)
+
+
+def test_exemplar_rows_of_a_data_set_that_has_changed_are_refused(tmp_path):
+    method = dynammo()
+    fit(method, scenario(2))
+    save_model(method.model, tmp_path / "cells", ["merged"], learning_state_of=method)
+    method = load_method(tmp_path / "cells")
+    train, test = (data_of(NAMES, per_class, seed) for per_class, seed in ((6, 0), (4, 1)))
+    # Two classes have changed places.
+    order = sorted(range(len(train)), key=lambda row: [1, 0, 2, 3, 4, 5][train[row]["label"]])
+    options = {"groups": GROUPS[2:], "learned": GROUPS[:2], "exemplar_rows": method.exemplar_rows, "progress": False}
+    tasks = ClassIncrementalScenario(train.select(order), test, tiny_processor(), **options)
+    with pytest.raises(ValueError, match="is an image of 'class 1' and was one of 'class 0'; the data set is another"):
+        fit(method, tasks)
+
+
+def test_a_task_that_was_not_finished_is_no_state(tmp_path, monkeypatch):
+    method = dynammo()
+    fit(method, scenario(1))
+    save_model(method.model, tmp_path / "cells", ["merged"], learning_state_of=method)
+    method = load_method(tmp_path / "cells")
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(method, "adapter_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fit(method, scenario(1, learned=1))
+    with pytest.raises(ValueError, match="Task 1 was begun and is not finished, so there is no state to save"):
+        save_model(method.model, tmp_path / "cells", ["merged"], learning_state_of=method)
+    with pytest.raises(ValueError, match="Task 1 was begun and is not finished; resume"):
+        fit(method, scenario(1, learned=2))
+    assert load_method(tmp_path / "cells").groups == GROUPS[:1]
 
 
 def test_who_saves_a_state_of_another_model_is_told(tmp_path):

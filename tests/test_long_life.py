@@ -1,5 +1,6 @@
 """Many tasks: old adapters on the disk, merges as tasks come, and work that does not grow."""
 
+import json
 import sys
 import warnings
 from itertools import pairwise
@@ -21,7 +22,7 @@ from dynammo_peft import (
     Learner,
 )
 from dynammo_peft.data import ClassStatistics, choose_ridge, fit_affine_map
-from dynammo_peft.hub import load_adapter, load_method, push_to_hub, save_learning_state
+from dynammo_peft.hub import load_adapter, load_method, push_to_hub, save_learning_state, save_model
 from dynammo_peft.merging import adapter_tensors, merge_adapters, merge_into
 
 
@@ -278,6 +279,31 @@ def test_a_folder_with_adapters_of_other_tasks_is_refused(tmp_path):
     after = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
     assert after.keys() == before.keys()
     assert all(after[path] != before[path] for path in before)
+
+
+def test_going_on_does_not_take_the_place_of_what_others_have_offloaded(tmp_path):
+    options = {"memory_size": 0, "adapter_epochs": 1}
+    method = Dynammo(tiny_model("vit"), arguments(**options))
+    fit(method, scenario(2, classes_per_task=1))
+    save_model(method.model, tmp_path / "cells", ["merged"], learning_state_of=method)
+    folder = tmp_path / "adapters"
+    fit(Dynammo(tiny_model("vit"), arguments(**options, offload_adapters=str(folder))), scenario(2))
+    before = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    method = load_method(tmp_path / "cells", offload_adapters=str(folder))
+    with pytest.raises(ValueError, match=r"'task_000' of the classes \['class 0', 'class 1'\], not \['class 0'\]"):
+        fit(method, scenario(1, learned=2, classes_per_task=1))
+    assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == before
+
+
+def test_an_offloaded_adapter_is_saved_as_those_in_the_model(tmp_path):
+    method = Dynammo(tiny_model("vit"), arguments(offload_adapters=str(tmp_path / "adapters")))
+    fit(method, scenario(3))
+    save_model(method.model, tmp_path / "cells", ["merged"], learning_state_of=method)
+    known = [
+        json.loads((tmp_path / "cells" / name / "adapter_config.json").read_text()) for name in ("merged", "task_001")
+    ]
+    assert "task_001" not in method.model.peft_config and known[0]["auto_mapping"] is not None
+    assert known[0]["auto_mapping"] == known[1]["auto_mapping"]
 
 
 def test_an_adapter_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -125,6 +125,11 @@ class ExemplarMemory:
         return [row for images in self._classes.values() for row in images.rows.tolist()]
 
     @property
+    def labels(self) -> list[int]:
+        """The class of each image, in the order of `rows`."""
+        return [label for label, images in self._classes.items() for _ in range(len(images))]
+
+    @property
     def origins(self) -> list[int]:
         """Of each image, in the order of `rows`, its place among those that `restore` brought; -1 for newer ones."""
         return [place for places in self._origins.values() for place in places]

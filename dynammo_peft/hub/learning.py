@@ -55,10 +55,15 @@ def save_learning_state(
         `list[str]`: Names of the files.
 
     Raises:
-        ValueError: If nothing was learned yet.
+        ValueError: If nothing was learned yet, or a task is not finished.
     """
     if not method.adapters:
         raise ValueError("No task was learned yet, so there is no state to save.")
+    if method.unfinished:
+        raise ValueError(
+            f"Task {len(method.adapters) - 1} was begun and is not finished, so there is no state to save; resume "
+            "from a checkpoint, or begin again with what was saved before it."
+        )
     _warn_of_single_images(method)
     values, tensors = method.state()
     # A place on this machine: adapters that are there are published as those in the model.
@@ -69,6 +74,9 @@ def save_learning_state(
         "arguments": arguments,
         "classes": method.groups,
         **values,
+        # Those of a state that was loaded too, of which no image need be at hand.
+        "exemplar_rows": method.exemplar_rows,
+        "exemplar_labels": method.exemplar_labels,
     }
     directory = Path(directory)
     (directory / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -154,6 +154,11 @@ class AdapterMethod(Method):
         super().begin(scenario, accelerator)
         if not self.adapters:
             _check_plain(self.model)
+        if self.unfinished:
+            raise ValueError(
+                f"Task {len(self.adapters) - 1} was begun and is not finished; resume from a checkpoint with a new "
+                "method, or begin again with what was saved before it."
+            )
         if scenario.groups[: scenario.first_task] != self.groups:
             raise ValueError(
                 f"The scenario goes on behind the tasks {scenario.groups[: scenario.first_task]}, but "

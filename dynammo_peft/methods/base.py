@@ -130,6 +130,7 @@ class Method(ABC):
         model: The model as adapted so far.
         accelerator (`Accelerator`): Set by the learner.
         transform (`BatchTransform`): Set by the learner.
+        unfinished (`bool`): Whether a task was begun and not ended; set by the learner.
     """
 
     name: ClassVar[str]
@@ -144,6 +145,7 @@ class Method(ABC):
             )
         self.accelerator: Accelerator
         self.transform: BatchTransform
+        self.unfinished = False
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         """Called once before the first task; the place to refuse a scenario that cannot be learned.

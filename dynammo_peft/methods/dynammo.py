@@ -126,8 +126,9 @@ class Dynammo(TwoStageMethod):
         if self.statistics is not None:
             self.statistics.names = dict(enumerate(scenario.class_names))
         if self.folder is not None:
-            coming = range(scenario.first_task, len(scenario))
-            self.folder.check_free({self.adapter_name(index): scenario.groups[index] for index in coming})
+            # Those learned before are written there too.
+            groups = enumerate(scenario.groups)
+            self.folder.check_free({self.adapter_name(index): group for index, group in groups})
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = super().state()

@@ -40,16 +40,16 @@ class AdapterFolder:
         self.path = Path(path)
         self.configs: dict[str, HeadConfig] = {}
 
-    def check_free(self, coming: Mapping[str, list[str]]) -> None:
+    def check_free(self, tasks: Mapping[str, list[str]]) -> None:
         """Refuses a folder with adapters of other tasks; those of the same tasks will be replaced.
 
         Args:
-            coming (`Mapping[str, list[str]]`): Names of the adapters to come, and the class names of each.
+            tasks (`Mapping[str, list[str]]`): Names of the adapters to be written, and the class names of each.
 
         Raises:
             ValueError: If there is an adapter of such a name with other classes.
         """
-        for name, group in coming.items():
+        for name, group in tasks.items():
             config = self._read_config(name)
             if config is not None and config.class_names != group:
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -43,11 +43,14 @@ class TwoStageMethod(AdapterMethod):
         super().__init__(model, arguments, config)
         self.memory = ExemplarMemory(self.arguments.memory_size, self.arguments.selection, self.arguments.seed)
         self._restored_rows: list[int] = []
+        self._restored_labels: list[int] = []
 
     def begin(self, scenario: ClassIncrementalScenario, accelerator: Accelerator) -> None:
         super().begin(scenario, accelerator)
         self.memory.quota(scenario.num_classes)
         exemplars = scenario.exemplars if scenario.exemplar_rows else self.memory.images()
+        if scenario.exemplar_rows:
+            self._check_labels(exemplars, scenario.class_names)
         if exemplars is not None:
             self.memory.restore(exemplars)
         missing = self.memory.missing(self.class_names) if self.needs_exemplars else []
@@ -58,10 +61,25 @@ class TwoStageMethod(AdapterMethod):
                 "or publish with include_exemplars=True."
             )
 
+    def _check_labels(self, exemplars: LabelledImages, names: Sequence[str]) -> None:
+        """Raises a `ValueError` if rows that a restored state names are of other classes now."""
+        known = dict(zip(self._restored_rows, self._restored_labels))
+        for row, label in zip(exemplars.rows.tolist(), exemplars.labels.tolist()):
+            if known.get(row, label) != label:
+                raise ValueError(
+                    f"Row {row} of exemplar_rows is an image of {names[label]!r} and was one of "
+                    f"{names[known[row]]!r}; the data set is another one, or has changed since."
+                )
+
     @property
     def exemplar_rows(self) -> list[int]:
         """Which rows of the training data are exemplars, those of a restored state included."""
         return self.memory.rows or self._restored_rows
+
+    @property
+    def exemplar_labels(self) -> list[int]:
+        """The class of each of `exemplar_rows`, by its number."""
+        return self.memory.labels or self._restored_labels
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         values, tensors = super().state()
@@ -78,7 +96,8 @@ class TwoStageMethod(AdapterMethod):
     ) -> None:
         super().restore(values, tensors, scenario)
         self._restored_rows = list(values["exemplar_rows"])
-        # Models that were published before classes could come back do not have them.
+        # Older states have neither.
+        self._restored_labels = list(values.get("exemplar_labels", ()))
         self.memory.counts = {label: count for label, count in values.get("exemplar_counts", ())}
         if scenario is not None and self._restored_rows:
             origins = torch.tensor(values["exemplar_origins"])

@@ -154,6 +154,7 @@ class Learner:
         set_seed(self.method.arguments.seed + task.index)
         position = self._position
         self._began = time.perf_counter() - position.seconds
+        self.method.unfinished = True
         for index, stage in enumerate(self.method.learn(task)):
             if index < len(position.stages):
                 self._redo(stage, position.stages[index])
@@ -163,6 +164,7 @@ class Learner:
             trained = self._run(stage, scenario, f"Task {task.index + 1}/{len(scenario)}", seed, running)
             if self.checkpoints is not None:
                 self.checkpoints.after_stage(task.index, index, trained, position.step, self._seconds)
+        self.method.unfinished = False
         return self._seconds
 
     @property
