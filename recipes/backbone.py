@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Optional, get_args
 
 import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RevisionResolutionError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from dynammo_peft import DynammoConfig, DynammoLoraConfig
@@ -93,11 +95,14 @@ def load_model(args: ModelArguments) -> tuple[transformers.PreTrainedModel, Any]
             "Set either model_name_or_path (a pretrained model), model_type (a new one) or load_learning_state (one "
             "that has learned some classes)."
         )
+    if args.config_overrides is not None and args.model_type is None:
+        raise ValueError("config_overrides is for a new model (model_type); leave it out with model_name_or_path.")
     if args.model_type is not None:
         config = AutoConfig.for_model(args.model_type, **(args.config_overrides or {}))
         size = args.image_size or getattr(config, "image_size", 224)
         model = AutoModelForImageClassification.from_config(config)
         return model, transformers.ViTImageProcessorPil(size={"height": size, "width": size})
+    args.revision = _commit(args)
     try:
         model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, revision=args.revision)
     except OSError as error:
@@ -108,6 +113,17 @@ def load_model(args: ModelArguments) -> tuple[transformers.PreTrainedModel, Any]
         ) from error
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.revision)
     return model, resized_image_processor(processor, args.image_size) if args.image_size else processor
+
+
+def _commit(args: ModelArguments) -> str:
+    """The commit that a revision is of now: on the weights of a later one adapters would compute something else."""
+    if os.path.isdir(args.model_name_or_path):
+        return args.revision
+    try:
+        return HfApi().resolve_revision(args.model_name_or_path, revision=args.revision).resolved
+    except (OSError, ValueError, RevisionResolutionError):
+        # Who loads the model says more of it.
+        return args.revision
 
 
 def choose_adapter(args: ModelArguments, model: transformers.PreTrainedModel) -> TaskAdapter:
@@ -130,6 +146,8 @@ def adapter_config(args: ModelArguments) -> HeadConfig:
         "scoring": args.scoring,
         "flips": args.flips,
     }
+    if args.model_name_or_path is not None and not os.path.isdir(args.model_name_or_path):
+        common["revision"] = args.revision
     given = {"r": args.lora_rank, "lora_alpha": args.lora_alpha}
     rank = {name: value for name, value in given.items() if value is not None}
     if args.adapter == "conv":

@@ -55,6 +55,8 @@ def load_scenario(
     args: DataArguments, method: Method, image_processor: Any, progress: bool
 ) -> ClassIncrementalScenario:
     """The tasks to come, with all images decoded."""
+    if args.exemplars_in_data_set and not method.exemplar_rows:
+        raise ValueError("exemplars_in_data_set is set, but the learning state names no row as an exemplar.")
     # Held-out images take the place of test images, so that there need be none.
     test_split = None if args.validation_fraction else args.test_split
     train, test = load_image_dataset(

@@ -17,6 +17,7 @@ from publishing import HubArguments
 from transformers import HfArgumentParser
 
 from dynammo_peft import METHODS, Checkpoints
+from dynammo_peft.folders import check_replaceable
 from dynammo_peft.methods.two_stage import TwoStageMethod
 from dynammo_peft.training.checkpoint import LATEST
 from dynammo_peft.tuner.head_config import check_choice
@@ -143,7 +144,9 @@ def parse_arguments(
         options[option] = _as_on_the_command_line(known[option], value)
     parser.set_defaults(**{**learned, **options, "method": name})
     parsed = parser.parse_args_into_dataclasses(argv)
-    _, model_args, data_args, _ = parsed
+    run_args, model_args, data_args, _ = parsed
+    # Folders beside it are named after it, and shells complete names with a slash.
+    run_args.output_dir = os.path.normpath(run_args.output_dir)
     model_args.config_overrides = _structured("config_overrides", model_args.config_overrides)
     data_args.groups = _structured("groups", data_args.groups)
     data_args.domains = _structured("domains", data_args.domains)
@@ -176,7 +179,10 @@ def _method_and_options(options: dict[str, Any], argv: list[str]) -> tuple[str, 
 
 
 def _read_options(path: Path) -> dict[str, Any]:
-    options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} holds no options; write one a line, as in 'memory_size: 40'.")
     return options
@@ -186,10 +192,14 @@ def _as_on_the_command_line(action: argparse.Action, value: Any) -> Any:
     """A value of the YAML file as the command line would have it, which argparse takes unseen.
 
     Raises:
-        ValueError: If it is none of the option's choices.
+        ValueError: If it is none of the option's choices, or a list where there can be no more than one.
     """
-    if action.nargs in ("*", "+") and isinstance(value, str):
+    several = action.nargs in ("*", "+")
+    if several and isinstance(value, str):
         value = [value]
+    # Lists and mappings that the command line has as JSON are texts there.
+    if isinstance(value, list) and not several and action.type is not str:
+        raise ValueError(f"{action.dest}={value} must be one value, not a list.")
     for one in value if isinstance(value, list) else [value]:
         if action.choices is not None and one is not None:
             check_choice(action.dest, one, tuple(action.choices))
@@ -211,6 +221,13 @@ def check_run(
     # With 'latest' a run begins anew where there is no checkpoint.
     which = args.resume_from_checkpoint
     anew = which is None or (which == LATEST and not checkpoints.store.paths())
+    learned = model_args.load_learning_state
+    if learned is not None and os.path.realpath(learned) == os.path.realpath(args.output_dir):
+        raise ValueError(
+            f"output_dir={args.output_dir!r} holds what load_learning_state goes on with; choose another, so that "
+            "nothing is lost if the run is interrupted."
+        )
+    check_replaceable(args.output_dir)
     if os.path.exists(args.output_dir) and os.listdir(args.output_dir) and anew and not args.overwrite_output_dir:
         raise ValueError(f"output_dir={args.output_dir!r} is not empty; choose another or set overwrite_output_dir.")
     for option in ("eval_batch_size", "gradient_accumulation_steps"):

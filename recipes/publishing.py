@@ -116,8 +116,9 @@ def publish(
     name, repository = data_set(data_args)
     held_out = data_args.validation_fraction
     split = f"{held_out:g} of {data_args.train_split}" if held_out else data_args.test_split
-    # Without images of classes learned before nothing was measured of the whole model.
-    measured = results.class_names[: len(results.learned)] == results.learned
+    # Without images of all classes learned before nothing was measured of the whole model.
+    scored = set(results.references) >= set(range(len(results.learned)))
+    measured = results.class_names[: len(results.learned)] == results.learned and scored
     facts = CardFacts(
         name=args.hub_model_id.rpartition("/")[2],
         form=args.hub_form,
@@ -131,7 +132,7 @@ def publish(
         test_images=len(results.references) if measured else None,
         image_size=tuple(scenario.image_size),
         cost=cost,
-        training_data=name,
+        training_data=f"{name}; of classes learned before: not known" if results.learned else name,
         training_data_id=repository,
         license=args.hub_license,
     )

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from test_publish import BASE, REPO, commits, written
 from test_recipe import image_folder
@@ -19,6 +20,8 @@ RECIPE = ROOT / "recipes" / "class_incremental.py"
 sys.path.insert(0, str(RECIPE.parent))
 
 from class_incremental import main, run  # noqa: E402
+
+from dynammo_peft.hub import from_pretrained, load_method, save_model  # noqa: E402
 
 
 @pytest.fixture
@@ -82,6 +85,22 @@ def test_the_recipe_publishes_what_it_has_learned(hub, waits, recipe_file, tmp_p
     # What was published is what was saved.
     saved = (tmp_path / "out" / "merged" / "adapter_model.safetensors").read_bytes()
     assert saved == hub.files(REPO)["adapter_model.safetensors"]
+
+
+def test_learning_goes_on_with_the_commit_that_it_began_with(hub, waits, recipe_file, tmp_path):
+    """Another commit has other weights, behind which adapters are of no use."""
+    tiny_processor(32).push_to_hub(BASE)
+    tiny_model("vit").push_to_hub(BASE)
+    method, _ = run([str(recipe_file(push_to_hub=False, hub_model_id=None)), "--save_learning_state"])
+    tiny_model("vit", seed=1).push_to_hub(BASE)
+    again = load_method(tmp_path / "out")
+    assert again.config.revision == hub.history(BASE)[1].oid
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(again.logits(images), method.logits(images))
+    # Where the backbone itself goes along there is no commit.
+    save_model(again.model, tmp_path / "whole", ["merged"], save_backbone=True)
+    assert from_pretrained(tmp_path / "whole", "merged").peft_config["merged"].revision is None
 
 
 @pytest.mark.parametrize("test_images_of_before", [True, False])

@@ -265,6 +265,25 @@ def test_an_unknown_option_in_a_file_is_named(tmp_path):
         parse_arguments([str(path)])
 
 
+def test_a_file_that_is_no_yaml_ends_in_one_line(tmp_path):
+    (tmp_path / "run.yaml").write_text("memory_size: [40")
+    fails_with([tmp_path / "run.yaml"], f"{tmp_path / 'run.yaml'} is no YAML")
+
+
+def test_folders_beside_the_output_are_not_in_it_if_its_name_ends_in_a_slash(tmp_path):
+    run_args, *_ = parse_arguments(["--output_dir", f"{tmp_path}/run/"])
+    assert run_args.output_dir == str(tmp_path / "run")
+
+
+def test_exemplars_that_a_state_does_not_name_are_refused(tmp_path):
+    path = small_run(tmp_path, memory_size=0, classes_per_task=None)
+    run([str(path), *tasks_of("class 0", "class 1"), "--save_learning_state"])
+    going_on = ["--load_learning_state", str(tmp_path / "out"), "--output_dir", str(tmp_path / "more")]
+    going_on += ["--data_dir", str(tmp_path / "data"), *tasks_of("class 2", "class 3"), "--exemplars_in_data_set"]
+    with pytest.raises(ValueError, match="the learning state names no row as an exemplar"):
+        run(going_on)
+
+
 def test_an_unknown_option_on_the_command_line_ends_in_one_line(tmp_path):
     fails_with([small_run(tmp_path), "--memory_seize", "3"], "--memory_seize")
     assert not (tmp_path / "out").exists()
@@ -298,6 +317,12 @@ def test_an_unknown_option_on_the_command_line_ends_in_one_line(tmp_path):
         ({"data_dir": "nowhere"}, ["data_dir='nowhere' is no folder", "train/<class>/"]),
         ({"adapter": "conv", "lora_rank": 4}, ["adapter='conv'", "lora_rank"]),
         ({"adapter": "lora", "reduction_factor": 4}, ["adapter='lora'", "reduction_factor"]),
+        ({"classes_per_task": [2]}, ["classes_per_task=[2] must be one value"]),
+        ({"output_dir": "/"}, ["/ is a mount point", "choose a folder in it"]),
+        (
+            {"model_type": None, "model_name_or_path": "base", "config_overrides": {"depth": 2}},
+            ["config_overrides is for a new model (model_type)", "leave it out"],
+        ),
     ],
 )
 def test_bad_input_stops_before_anything_is_written(tmp_path, options, expected):
@@ -454,6 +479,7 @@ def test_going_on_takes_new_options_and_images_elsewhere(tmp_path, capsys):
         ("--load_learning_state {}/nothing", "nothing has no learning_state.json"),
         ("--load_learning_state {}/out --lora_rank 4", "brings its model and adapters along; leave lora_rank"),
         ("--load_learning_state {}/out --method acl", "method='acl' cannot go on with what method='dynammo'"),
+        ("--load_learning_state {0}/out --output_dir {0}/out --overwrite_output_dir", "choose another, so that"),
         ("--exemplars_in_data_set", "exemplars_in_data_set is for going on to learn; give load_learning_state"),
     ],
 )
