@@ -166,3 +166,12 @@ def test_one_classifier_in_the_place_of_all_heads(sizes):
     torch.testing.assert_close(torch.cat([part[:, :-1] for part in split(logits, sizes)], dim=1), expected)
     assert not any(part[:, -1].any() for part in split(logits, sizes))
     torch.testing.assert_close(score_heads(logits, sizes, "log_odds"), expected)
+
+
+def test_heads_that_were_used_in_inference_mode_are_trained():
+    sizes = (11, 7)
+    with torch.inference_mode():
+        score_heads(torch.randn(2, 20), sizes, "log_odds")
+    logits = torch.randn(2, 20, requires_grad=True)
+    score_heads(logits, sizes, "log_odds").sum().backward()
+    assert logits.grad.isfinite().all()

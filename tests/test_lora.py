@@ -143,6 +143,23 @@ def test_only_the_active_adapter_and_its_head_are_trained():
     assert not block.mlp.training
 
 
+def test_only_what_is_trained_drops_out():
+    model = get_peft_model(tiny_model("swin"), config(["a"], lora_dropout=0.5), "task_000")
+    model.add_adapter("task_001", config(["b"], lora_dropout=0.5))
+    paths = [module for module in model.modules() if type(module).__name__ == "SwinDropPath"]
+    layer = lora_layers(model)[0]
+    for name, other in (("task_000", "task_001"), ("task_001", "task_000")):
+        model.set_adapter(name)
+        model.train()
+        assert paths and not any(path.training for path in paths)
+        assert layer.lora_dropout[name].training and not layer.lora_dropout[other].training
+    # A backbone that is trained has its own.
+    model.set_backbone_requires_grad(True)
+    assert all(path.training for path in paths)
+    model.set_backbone_requires_grad(False)
+    assert not any(path.training for path in paths)
+
+
 def test_saved_and_loaded(tmp_path):
     model, images = two_tasks("deit"), tiny_images("deit")
     tiny_model("deit").save_pretrained(tmp_path / "base")
@@ -263,6 +280,8 @@ def test_targets_that_the_base_model_has(options, tmp_path):
     model.add_adapter("task_001", config(["c"], **options))
     assert all({"task_000", "task_001"} <= set(layer.lora_A) for layer in lora_layers(model))
     assert lora_layers(model)
+    model.add_weighted_adapter(["task_000", "task_001"], adapter_name="merged")
+    model.delete_adapter("merged")
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model("vit"), tmp_path / "task_000")
     loaded.load_adapter(tmp_path / "task_001", "again", is_trainable=True)

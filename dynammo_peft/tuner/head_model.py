@@ -36,10 +36,15 @@ class HeadTuner(MergeableTuner):
     """
 
     head_cls: ClassVar[type[DynammoHead]] = DynammoHead
+    _trains_backbone = False
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if isinstance(config.target_modules, set) and config.head_module is not None:
+            # PEFT counts the head among all linear layers, but for the first adapter alone.
+            config.target_modules -= {name for name in config.target_modules if self._is_head(config, name)}
         # Only now is it settled what is trained.
         self.train(model.training)
 
@@ -157,7 +162,7 @@ class HeadTuner(MergeableTuner):
         if mode:
             # The model itself keeps its flag: it is the mode that was asked for, to which `set_adapter` returns.
             for child in self.model.children():
-                freeze_mode(child)
+                freeze_mode(child, self._trains_backbone)
         return self
 
     def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
@@ -272,6 +277,7 @@ class HeadTuner(MergeableTuner):
             requires_grad (`bool`): Whether the backbone shall be trained. The configurations of all adapters, and of
                 those to come, note that it was.
         """
+        self._trains_backbone = requires_grad
         for config in self.peft_config.values():
             config.backbone_trained |= requires_grad
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]

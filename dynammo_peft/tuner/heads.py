@@ -31,7 +31,11 @@ def _make_columns(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor,
     return tuple(torch.tensor(index, device=device) for index in (classes, others, heads))
 
 
-_cached_columns = lru_cache(maxsize=256)(_make_columns)
+@lru_cache(maxsize=256)
+def _cached_columns(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    # Nothing could be trained with tensors that were made in inference mode.
+    with torch.inference_mode(False):
+        return _make_columns(sizes, device)
 
 
 def _columns(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,18 +10,41 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
-def freeze_mode(module: nn.Module) -> None:
-    """Puts every part that has parameters and trains none of them into evaluation mode."""
+def freeze_mode(module: nn.Module, backbone_trained: bool = False) -> None:
+    """Puts every part that trains no parameters into evaluation mode.
+
+    What has none, as dropout and stochastic depth, is a part of the backbone, or of the adapter of its name.
+
+    Args:
+        module (`nn.Module`): A model in training mode, or a part of it.
+        backbone_trained (`bool`): Whether the backbone is trained, with its dropout.
+    """
     flags = [parameter.requires_grad for parameter in module.parameters()]
-    if flags and not any(flags):
+    if any(flags):
+        for name, child in module.named_children():
+            if isinstance(module, BaseTunerLayer) and name != "base_layer":
+                _freeze_adapters(module, child)
+            else:
+                freeze_mode(child, backbone_trained)
+    elif flags or not backbone_trained:
         module.eval()
         for part in module.modules():
             # transformers checkpoints activations in training mode only; dropout has a mode of its own.
             if getattr(part, "gradient_checkpointing", False):
                 part.training = True
+
+
+def _freeze_adapters(layer: BaseTunerLayer, child: nn.Module) -> None:
+    """Puts what a child of a tuner layer holds of adapters that are not trained into evaluation mode."""
+    if any(True for _ in child.parameters()) or not isinstance(child, nn.ModuleDict):
+        freeze_mode(child, True)
         return
-    for child in module.children():
-        freeze_mode(child)
+    for name, part in child.items():
+        own = (getattr(layer, container) for container in layer.adapter_layer_names)
+        own = (container[name] for container in own if name in container)
+        tensors = (part.parameters() if isinstance(part, nn.Module) else [part] for part in own)
+        if not any(tensor.requires_grad for some in tensors for tensor in some):
+            part.eval()
 
 
 @contextmanager
