@@ -62,6 +62,10 @@ def test_another_image_size_costs_another_forward_pass(candidates):
         ({"splits": 0}, ["splits=0", "at least 1"]),
         ({"shots": 4}, ["'class 0' has 6 images", "shots=4 needs 8"]),
         ({"dataset": tiny_dataset().to_iterable_dataset()}, ["dataset is a IterableDataset", "datasets.Dataset"]),
+        (
+            {"dataset": tiny_dataset().filter(lambda row: row["label"] != 1), "shots": 1},
+            ["'class 1' has no images", "names of column 'label'"],
+        ),
         ({"label_column": "image"}, ["'image' is no ClassLabel"]),
     ],
 )

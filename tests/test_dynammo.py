@@ -253,6 +253,9 @@ def test_classes_that_come_one_by_one_are_learned(first, options):
 def test_a_backbone_is_not_trained_on_a_class_alone():
     with pytest.raises(ValueError, match="first task, which has 'class 0' alone and nothing to tell it from"):
         begun(one_by_one(1), train_backbone=True)
+    # There are no others yet.
+    with pytest.raises(ValueError, match="nothing to tell it from"):
+        begun(one_by_one(1), train_backbone=True, memory_size=12, exemplars_as_others=True)
     begun(one_by_one(2), train_backbone=True)
 
 
@@ -374,6 +377,9 @@ def test_the_first_merge_that_moves_is_held_back_after_copies_too():
     groups = [["class 0", "class 1"], ["class 2"], ["class 4", "class 5"]]
     tasks = ClassIncrementalScenario(train, test, tiny_processor(32), groups=groups, progress=False)
     method = drifting(tasks, memory_size=0)
+    for norm in norms_of(method.model):
+        # A merge adds up what its adapters have counted in training.
+        norm.num_batches_tracked += 7
     assert method.merging.is_at(method.adapters[0], "merged") and method.merging.first_share == 0.5
     learn_nothing(method, tasks[2])
     assert method.merging.first_share > 0.5
@@ -614,6 +620,17 @@ def norms_of(model):
     """BatchNorm layers of the merged adapter, in the order in which they run."""
     layers = [module for module in model.modules() if hasattr(module, "dynammo_down_norm")]
     return [norm for layer in layers for norm in (layer.dynammo_down_norm["merged"], layer.dynammo_up_norm["merged"])]
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_no_batch_that_a_merge_is_measured_on_is_of_one_image(scenario, balanced):
+    method = begun(scenario)
+    images = together(scenario[0].train, scenario[1].train).select(torch.arange(33) % 24)
+    batches = method.merging._batches(images, balanced)
+    assert [len(labels) for _, labels in batches] == [17, 16] and len(batches) == 2
+    if not balanced:
+        pixels, labels = (torch.cat(parts) for parts in zip(*batches))
+        assert torch.equal(labels, images.labels) and torch.equal(pixels, scenario.transform(images.images))
 
 
 @pytest.mark.parametrize("learned", ["none", "layer"])

@@ -196,6 +196,26 @@ def test_channels_of_a_container_with_several_layers():
     assert_tensors_close(merged, by_hand(model, TASKS[:2], lambda slot: weights(slot.key).detach()))
 
 
+def test_channels_of_batch_normalisation_beside_other_layers():
+    """Its count of batches takes no weight."""
+    last = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
+    base = torch.nn.Sequential()
+    base.add_module("first", torch.nn.Linear(4, 4))
+    base.add_module("last", last)
+    config = IA3Config(target_modules=["first"], feedforward_modules=[], modules_to_save=["last"])
+    model = get_peft_model(base, config, TASKS[0])
+    model.add_adapter(TASKS[1], config)
+    for task, count in zip(TASKS, (2, 3)):
+        base.last.modules_to_save[task][0].num_batches_tracked.fill_(count)
+    weights = random_weights(adapter_merge_weights(model, TASKS[:2], granularity="channel"))
+    merged = weights.combine([adapter_tensors(model, task) for task in TASKS[:2]])
+    assert merged["last.modules_to_save.0.num_batches_tracked"] == 5
+    other = {key: tensor for key, tensor in merged.items() if tensor.is_floating_point()}
+    equal = torch.ones(2)
+    expected = by_hand(model, TASKS[:2], lambda slot: weights(slot.key).detach() if slot.key in other else equal)
+    assert_tensors_close(other, {key: expected[key] for key in other})
+
+
 def test_combine_agrees_with_peft():
     model = adapted("lora")
     shares = [0.5, -1.25, 0.75]

@@ -25,7 +25,7 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 from peft.utils import merge_utils
 from tiny import tiny_images, tiny_model
 from torch import nn
-from transformers import AutoModelForSequenceClassification, GPT2Config
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, GPT2Config
 
 from dynammo_peft.merging import (
     MergeWeights,
@@ -830,6 +830,17 @@ def test_adapters_that_change_the_base_are_refused_before_they_do(combination_ty
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match="'a0' has a kasa_config, with which each new adapter changes the base"):
         merge_adapters(model, ["a0", "a1"], combination_type=combination_type)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+def test_replicated_layers_are_refused_before_those_of_an_adapter_are_lost():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 8}
+    base = BertModel(BertConfig(vocab_size=11, max_position_embeddings=8, **sizes))
+    model = get_peft_model(base, LoraConfig(target_modules=["query"], r=2, layer_replication=[(0, 2), (0, 2)]), "a0")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="'a0' has layer_replication=.*It cannot be merged"):
+        merge_adapters(model, ["a0"], combination_type="uniform")
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[key], tensor) for key, tensor in before.items())
 

@@ -147,6 +147,8 @@ def _draw(dataset: datasets.Dataset, label_column: str, count: int, seed: int) -
     chosen = []
     for label, name in enumerate(feature.names):
         rows = torch.nonzero(labels == label).flatten()
+        if not len(rows):
+            raise ValueError(f"Class {name!r} has no images; take it out of the names of column {label_column!r}.")
         if len(rows) < count:
             raise ValueError(f"Class {name!r} has {len(rows)} images; shots={count // 2} needs {count}. Lower shots.")
         chosen += rows[torch.randperm(len(rows), generator=generator)[:count]].tolist()

@@ -207,6 +207,11 @@ def _check_configs(model: AdaptedModel, adapters: Sequence[str], ignored: Set[st
                 f"Adapter {name!r} has a kasa_config, with which each new adapter changes the base weights under all "
                 "others, so that none can be made of them."
             )
+        if getattr(config, "layer_replication", None) is not None:
+            raise ValueError(
+                f"Adapter {name!r} has layer_replication={config.layer_replication!r}: layers are replicated again "
+                "with each new adapter, and those of this one would be lost. It cannot be merged."
+            )
         for field in _differing_fields(configs[0], config):
             if field not in TARGET_FIELDS | ignored:
                 _raise_differing(adapters[0], name, field, getattr(configs[0], field), getattr(config, field))

@@ -164,13 +164,12 @@ class MergeWeights(nn.Module):
             ValueError: If the adapters are not as many as the weights are for, or lack a tensor.
         """
         stacked = adapters if isinstance(adapters, Mapping) else self.stack(adapters)
-        mixture = self._mixture()
-        return {
-            key: weighted_sum(
-                slot, stacked[key], self._weights_of(key, mixture), self.scalings.get(key), self.combination_type
-            )
-            for key, slot in self.slots.items()
-        }
+        mixture, merged = self._mixture(), {}
+        for key, slot in self.slots.items():
+            # Integers take no weights.
+            weights = self._weights_of(key, mixture) if stacked[key].is_floating_point() else mixture[:, 0]
+            merged[key] = weighted_sum(slot, stacked[key], weights, self.scalings.get(key), self.combination_type)
+        return merged
 
     def stack(self, adapters: Sequence[AdapterTensors]) -> AdapterTensors:
         """Copies of the adapters' tensors side by side, `(T, ...)` by key, without gradient."""

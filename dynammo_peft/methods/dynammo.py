@@ -235,7 +235,7 @@ class Dynammo(TwoStageMethod):
 
     def _can_tell_apart(self, classes: Sequence[Any]) -> bool:
         """Whether stage 1 has anything to tell a task's images from: without, it leads anywhere (merging_log.md)."""
-        return len(classes) > 1 or self.exemplars_as_others
+        return len(classes) > 1 or (self.exemplars_as_others and len(self.memory) > 0)
 
     def _merge(self, task: Task, shown: LabelledImages) -> nn.Linear:
         """Merges the adapters; old heads go on from where they fitted the last merge, a new one from its task."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import WeightedRandomSampler
 
-from ..data import ClassStatistics, LabelledImages, Task, data_loader
+from ..data import ClassStatistics, LabelledImages, Task
 from ..merging import (
+    adapter_slots,
     adapter_tensors,
     gaussian_likelihood,
     learn_merge_weights,
@@ -214,9 +215,11 @@ class Merging:
 
     def is_at(self, adapter: str, merged: str) -> bool:
         """Whether an adapter and the merged one are the same, but for rounding: all were copies of it so far."""
-        own = adapter_tensors(self.method.model, adapter)
-        others = adapter_tensors(self.method.model, merged)
-        return all(torch.allclose(tensor, others[key], rtol=1e-4, atol=1e-7) for key, tensor in own.items())
+        own, others = (adapter_tensors(self.method.model, name) for name in (adapter, merged))
+        slots = adapter_slots(self.method.model, adapter)
+        # Statistics may have been measured anew, and counts of batches are added up.
+        weights = [key for key, slot in slots.items() if slot.kind != "statistic"]
+        return all(torch.allclose(own[key], others[key], rtol=1e-4, atol=1e-7) for key in weights)
 
     @torch.no_grad()
     def hold_back(self, first: str, merged: str, shown: LabelledImages) -> None:
@@ -297,22 +300,25 @@ class Merging:
 
 
 class _Batches:
-    """Batches of normalised images and labels, the same on every process; again and again."""
+    """Batches of normalised images and labels, the same on every process; again and again.
+
+    They differ in size by one at most: of a single image BatchNorm has no statistics.
+    """
 
     def __init__(self, method: AdapterMethod, images: LabelledImages, balanced: bool) -> None:
-        self.method = method
-        sampler = None
+        self.method, self.images = method, images
+        self.order: Iterable[int] = range(len(images))
         if balanced:
             counts = torch.bincount(images.labels)
             generator = torch.Generator().manual_seed(method.arguments.seed)
-            sampler = WeightedRandomSampler(1 / counts[images.labels], len(images), generator=generator)
-        self.loader = data_loader(images, BATCH_SIZE, sampler=sampler)
+            self.order = WeightedRandomSampler(1 / counts[images.labels], len(images), generator=generator)
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return math.ceil(len(self.images) / BATCH_SIZE)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.method.accelerator.device
         self.method.model.to(device)
-        for images, labels in self.loader:
-            yield self.method.transform(images.to(device)), labels.to(device)
+        for places in torch.tensor(list(self.order)).tensor_split(len(self)):
+            batch = self.images.select(places)
+            yield self.method.transform(batch.images.to(device)), batch.labels.to(device)
