@@ -71,7 +71,8 @@ def save_model(
         include_exemplars (`bool`): Whether the exemplars' images go along too.
 
     Raises:
-        ValueError: If an adapter does not exist, or the method is of another model or has learned nothing.
+        ValueError: If an adapter does not exist, the method is of another model, has learned nothing or is in the
+            middle of a task, or the directory is a mount point.
 
     Example:
 

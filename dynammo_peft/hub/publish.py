@@ -76,7 +76,8 @@ def save_pretrained(
 
     Raises:
         ValueError: If the form does not exist or the adapter does not fit it, the base model is not on the Hub or was
-            trained (`"adapter"`), the card tells of another model, or a path of this machine would be published.
+            trained (`"adapter"`), the card tells of another model, a path of this machine would be published, or the
+            directory is a mount point.
         ConnectionError: If the base model must be looked up and the Hub does not answer.
 
     Example:
