@@ -172,6 +172,20 @@ def test_a_state_saved_in_its_own_place_keeps_its_backbone(base, tmp_path):
     torch.testing.assert_close(load_method(place).logits(tiny_images("vit")), uninterrupted.logits(tiny_images("vit")))
 
 
+def test_a_backbone_that_lora_is_merged_into_is_not_saved(tmp_path):
+    method = dynammo(memory_size=0)
+    fit(method, scenario(1))
+    expected = method.logits(tiny_images("vit"))
+    method.model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into the backbone's weights; call `unmerge_adapter`"):
+        save_model(method.model, tmp_path / "cells", ["merged"])
+    assert not (tmp_path / "cells").exists()
+    method.model.unmerge_adapter()
+    save_model(method.model, tmp_path / "cells", ["merged"])
+    found = from_pretrained(tmp_path / "cells", "merged")(tiny_images("vit")).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_learning_goes_on_with_is_saved_whoever_names_it(tmp_path):
     method = dynammo()
     fit(method, scenario(2))

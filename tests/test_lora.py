@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import AutoPeftModel, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import KasaConfig
 from tiny import CONFIGS, tiny_dataset, tiny_images, tiny_model, tiny_processor
 
 import dynammo_peft as dp
@@ -143,6 +144,33 @@ def test_only_the_active_adapter_and_its_head_are_trained():
     assert not block.mlp.training
 
 
+def test_adapters_that_are_named_fold_into_the_weights_whichever_are_active():
+    model, images = two_tasks(), tiny_images("vit")
+    expected = model(pixel_values=images).logits
+    for active in ("task_000", None):
+        copied = copy.deepcopy(model)
+        if active is None:
+            copied.base_model.disable_adapter_layers()
+        else:
+            copied.set_adapter(active)
+        plain = copied.merge_and_unload(adapter_names=["merged"])
+        assert list(plain.config.id2label.values()) == ["a", "b", "c", "d", "e"] and plain.num_labels == 5
+        torch.testing.assert_close(plain(pixel_values=images).logits, expected, rtol=1e-4, atol=1e-4)
+    reading = get_peft_model(tiny_model("vit"), config(["a"]), "plain")
+    reading.add_adapter("reading", config(["b"], feature_modules=["layers.0"]))
+    with pytest.raises(ValueError, match="The heads of adapter 'reading' read feature_modules"):
+        reading.merge_and_unload(adapter_names=["reading"])
+
+
+def test_the_adapter_that_is_active_next_is_trained():
+    model = get_peft_model(tiny_model("vit"), config(["a"], lora_dropout=0.5), "task_000")
+    model.add_adapter("task_001", config(["b"], lora_dropout=0.5))
+    model.train()
+    model.base_model.delete_adapter("task_000")
+    assert model.base_model.active_adapters == ["task_001"]
+    assert lora_layers(model)[0].lora_dropout["task_001"].training
+
+
 def test_only_what_is_trained_drops_out():
     model = get_peft_model(tiny_model("swin"), config(["a"], lora_dropout=0.5), "task_000")
     model.add_adapter("task_001", config(["b"], lora_dropout=0.5))
@@ -229,6 +257,7 @@ def test_acl_and_layers_of_features_work_with_lora(scenario):
     [
         ({"use_dora": True}, "use_dora=True"),
         ({"bias": "all"}, "bias='all'"),
+        ({"kasa_config": KasaConfig()}, "kasa_config changes the base weights"),
         ({"scoring": "odds"}, "scoring='odds'"),
         ({"classes": ["a", "a"]}, "Class 'a' stands more than once"),
     ],

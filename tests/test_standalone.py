@@ -108,6 +108,25 @@ def test_lora_goes_into_the_weights(name, options):
         assert not torch.allclose(model(images).logits, to_standalone(draw(model, 3))(images).logits, atol=1e-2)
 
 
+@torch.no_grad()
+def test_biases_of_lora_go_along():
+    model, images = learned("vit", DynammoLoraConfig, r=4, lora_bias=True), tiny_images("vit")
+    expected = model(images).logits
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_B["merged"].bias.mul_(2)
+    assert not torch.allclose(model(images).logits, expected, atol=1e-2)
+    assert_close(to_standalone(model)(images).logits, model(images).logits)
+
+
+def test_lora_that_does_more_than_add_to_weights_is_refused():
+    model = learned("vit", DynammoLoraConfig, r=4)
+    layer = next(layer for layer in model.modules() if isinstance(layer, LoraLayer))
+    layer.lora_variant["merged"] = object()
+    with pytest.raises(ValueError, match="'merged' is no plain LoRA"):
+        to_standalone(model)
+
+
 def test_of_several_adapters_the_named_one_is_kept():
     model, images = learned(classes=["x", "y"]), tiny_images("vit")
     model.add_adapter("other", DynammoConfig(classes=["z"], modules_to_save=["layernorm"]))
@@ -256,6 +275,14 @@ def test_half_precision(tmp_path, dtype, tolerance):
         assert_close(output.logits, expected, tolerance)
 
 
+@pytest.mark.parametrize("name", ["resnet_basic", "convnext", "swin"])
+def test_images_in_single_precision_are_for_half_a_backbone_too(name):
+    model = draw(get_peft_model(tiny_model(name).bfloat16(), DynammoConfig(classes=CLASSES), "merged")).eval()
+    images = tiny_images(name)
+    with torch.no_grad():
+        assert_close(to_standalone(model)(images).logits, model(images).logits, 0.05)
+
+
 @pytest.mark.parametrize("classes", [["only"], [["a"], ["b"]]])
 def test_loss_and_gradients(classes):
     model, images, labels = learned(classes=classes), tiny_images("vit"), torch.tensor([0, 0])
@@ -288,8 +315,10 @@ def test_a_copy_is_a_model_of_its_own():
     assert not torch.allclose(standalone(images).logits, expected, atol=1e-3)
 
 
-def test_threads_do_not_meet():
-    standalone, mixed = to_standalone(learned()), []
+@pytest.mark.parametrize("form", ["adapter", "standalone"])
+def test_threads_do_not_meet(form):
+    model, mixed = learned(flips=["horizontal"]), []
+    standalone = to_standalone(model) if form == "standalone" else model
     images = [tiny_images("vit"), wide_images("vit"), tiny_images("vit", 3, seed=4), tiny_images("vit", 1, seed=5)]
     with torch.no_grad():
         expected = [standalone(own).logits for own in images]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import get_base_model_state_dict
 from transformers import PreTrainedModel
 
@@ -31,7 +32,11 @@ def base_model(model: PeftModel) -> PreTrainedModel:
 
     Returns:
         `PreTrainedModel`: The base model with its own classifier and labels.
+
+    Raises:
+        ValueError: If adapters are merged into its weights.
     """
+    check_unmerged(model)
     adapted = model.get_base_model()
     config = copy.deepcopy(adapted.config)
     with model.disable_adapter():
@@ -40,6 +45,12 @@ def base_model(model: PeftModel) -> PreTrainedModel:
     plain = type(adapted)(config)
     plain.load_state_dict(get_base_model_state_dict(model))
     return plain.eval()
+
+
+def check_unmerged(model: PeftModel) -> None:
+    """Raises a `ValueError` if LoRA is in the base model's weights, which are not its own then."""
+    if any(isinstance(layer, LoraLayer) and layer.merged for layer in model.modules()):
+        raise ValueError("LoRA adapters are merged into the backbone's weights; call `unmerge_adapter` before.")
 
 
 def save_model(
@@ -72,7 +83,7 @@ def save_model(
 
     Raises:
         ValueError: If an adapter does not exist, the method is of another model, has learned nothing or is in the
-            middle of a task, or the directory is a mount point.
+            middle of a task, the backbone goes along and LoRA is merged into it, or the directory is a mount point.
 
     Example:
 

@@ -240,6 +240,8 @@ class DynammoForImageClassification(PreTrainedModel):
             shape = None if pixel_values is None else tuple(pixel_values.shape)
             raise ValueError(f"pixel_values must be images (B, C, H, W), got {shape}.")
         size = tuple(pixel_values.shape[2:])
+        # Image processors give single precision, which most backbones refuse where their weights are half.
+        pixel_values = pixel_values.to(self.backbone.dtype)
         if self._interpolates and size != self._trained_size:
             kwargs.setdefault("interpolate_pos_encoding", True)
         flips = [] if self.training else self.config.flips

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .card_facts import check_repository
 from .commit import hub_api, hub_errors
+from .export import check_unmerged
 
 
 def base_repository(model: PeftModel) -> Optional[str]:
@@ -44,9 +45,11 @@ def published_base(
         `tuple[str, str]`: The repository, and the commit as 40 hexadecimal digits.
 
     Raises:
-        ValueError: If there is no such repository or revision, or it holds other weights than the base model has now.
+        ValueError: If LoRA is merged into the base model, there is no such repository or revision, or it holds other
+            weights than the base model has now.
         ConnectionError: If the Hub does not answer and the cache does not know.
     """
+    check_unmerged(model)
     name = base_model or base_repository(model)
     if name is None or os.path.exists(name):
         raise ValueError(

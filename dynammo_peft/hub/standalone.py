@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ..tuner import DynammoLayer
 from ..tuner.head_config import HeadConfig
 from ..tuner.layer import equal_convolution
 from ..tuner.names import find_base_module
+from .export import check_unmerged
 from .modeling_dynammo import Adapter, DynammoForImageClassification, DynammoImageClassifierConfig
 
 
@@ -114,8 +114,7 @@ def _check_adapter(model: PeftModel, adapter_name: str) -> HeadConfig:
         )
     if not config.classes:
         raise ValueError(f"Adapter {adapter_name!r} has no head; give its {type(config).__name__} `classes`.")
-    if any(isinstance(layer, LoraLayer) and layer.merged for layer in model.modules()):
-        raise ValueError("LoRA adapters are merged into the backbone's weights; call `unmerge_adapter` before.")
+    check_unmerged(model)
     return config
 
 
@@ -126,9 +125,8 @@ def _backbone_config(base: PreTrainedModel) -> PreTrainedConfig:
     config.num_labels = 2
     # A model type may have several classes.
     config.architectures = [type(base).__name__]
-    if os.path.isdir(config.name_or_path):
-        # A folder of this computer tells others nothing they should know.
-        config.name_or_path = ""
+    # A folder of this computer tells others nothing they should know, and one that has moved looks like a repository.
+    config.name_or_path = ""
     try:
         cls = AutoModelForImageClassification._model_mapping[type(config)]
     except KeyError:
@@ -150,9 +148,17 @@ def _backbone_state(model: PeftModel, adapter_name: str, head_module: str) -> di
             for key, tensor in module.modules_to_save[adapter_name].state_dict().items():
                 state[f"{_plain(name)}.{key}"] = tensor
         elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-            weight = state[f"{_plain(name)}.weight"]
-            # Rounded once, after the addition.
-            state[f"{_plain(name)}.weight"] = weight.double() + module.get_delta_weight(adapter_name).double()
+            if adapter_name in module.lora_variant:
+                raise ValueError(
+                    f"Adapter {adapter_name!r} is no plain LoRA ({type(module.lora_variant[adapter_name]).__name__}), "
+                    "which does not only add to weights; with feature_modules=[] it folds into a form='stock'."
+                )
+            added = {"weight": module.get_delta_weight(adapter_name)}
+            if module.lora_bias[adapter_name]:
+                added["bias"] = module.lora_B[adapter_name].bias * module.scaling[adapter_name]
+            for key, tensor in added.items():
+                # Rounded once, after the addition.
+                state[f"{_plain(name)}.{key}"] = state[f"{_plain(name)}.{key}"].double() + tensor.double()
     return {key: tensor for key, tensor in state.items() if not key.startswith(f"{head_module}.")}
 
 

@@ -47,6 +47,7 @@ def to_stock(model: PeftModel, adapter_name: str = "merged") -> PreTrainedModel:
             "Export it by `to_standalone`, or learn with LoRA (DynammoLoraConfig(feature_modules=[]))."
         )
     adapted = copy.deepcopy(model)
+    adapted.base_model.enable_adapter_layers()
     adapted.set_adapter(adapter_name, inference_mode=True)
     adapted.eval()
     size = as_pair(config.image_size)

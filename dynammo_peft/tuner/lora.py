@@ -53,6 +53,8 @@ class DynammoLoraConfig(HeadConfig, LoraConfig):
             raise ValueError(f"bias={self.bias!r} trains biases that all tasks share; use bias='none'.")
         if self.use_dora:
             raise ValueError("use_dora=True scales the base weights, which no average over tasks can; use plain LoRA.")
+        if self.kasa_config is not None:
+            raise ValueError("kasa_config changes the base weights, which all tasks share; leave it out.")
         if changes_base(self.init_lora_weights):
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} changes the base weights, which all tasks share; use "
@@ -146,22 +148,26 @@ class DynammoLoraModel(HeadTuner, LoraModel):
         """
         super().merge_adapter(adapter_names, safe_merge)
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The base model with the active adapter in its weights and its heads as the classifier.
+    def merge_and_unload(
+        self, progressbar: bool = True, safe_merge: bool = False, adapter_names: Optional[list[str]] = None
+    ) -> nn.Module:
+        """The base model with adapters in its weights and their heads as the classifier.
 
         Args:
-            args: As of `LoraModel.merge_and_unload`.
-            kwargs: As of `LoraModel.merge_and_unload`.
+            progressbar (`bool`): As of `LoraModel.merge_and_unload`.
+            safe_merge (`bool`): Look for NaN first.
+            adapter_names (`Optional[list[str]]`): Which adapters; the active ones if `None`.
 
         Raises:
             ValueError: If heads read more than what enters the classifier, or are no linear classifier together.
         """
+        adapters = self.active_adapters if adapter_names is None else adapter_names
         # Before anything is touched.
         if self.head is not None:
-            self.head.check_folds()
-        names = [name for adapter in self.active_adapters for name in self.peft_config[adapter].class_names]
+            self.head.check_folds(adapters)
+        names = [name for adapter in adapters for name in self.peft_config[adapter].class_names]
         self._detach()
-        plain = super().merge_and_unload(*args, **kwargs)
+        plain = super().merge_and_unload(progressbar, safe_merge, list(adapters))
         self._base_labels.show(names)
         if names and hasattr(plain, "num_labels"):
             plain.num_labels = len(names)
