@@ -62,6 +62,8 @@ def test_module_lists_become_sets(name):
     [
         ({"preset": "fast"}, "preset='fast'.*'default', 'paper'"),
         ({"scoring": "max"}, "scoring='max'.*'log_odds', 'min_others'"),
+        ({"classes": "abc"}, "classes='abc' must be a list of class names"),
+        ({"classes": ["abc", ["d"]]}, "must be a list of class names, or a list of such lists"),
         ({"classes": ["a", "b", "a"]}, "'a' stands more than once"),
         ({"classes": [["a"], ["b", "a"]]}, "'a' stands more than once"),
         ({"classes": []}, "head without a class"),

@@ -9,7 +9,7 @@ from tiny import CONFIGS, tiny_images, tiny_model
 from torch import nn
 from torch.nn import functional as F
 
-from dynammo_peft import DynammoConfig
+from dynammo_peft import DynammoConfig, DynammoLoraConfig
 from dynammo_peft.tuner import DynammoLayer
 
 
@@ -122,7 +122,7 @@ def test_features_are_the_classifiers_input_and_the_pooled_blocks(name):
     for block, part in zip(blocks, blocks_then):
         assert not torch.allclose(pooled(name, seen[block]), part, atol=1e-3)
     # Nothing of an image is kept.
-    assert all(tap.pooled is None for tap in model.base_model.head.taps.values())
+    assert all(tap.state.pooled is None for tap in model.base_model.head.taps.values())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -388,6 +388,39 @@ def test_half_precision_is_pooled_in_single(name):
     torch.testing.assert_close(features[:, width:], full[:, width:], atol=0.2, rtol=0.1)
     # Single precision knows more numbers than half.
     assert not torch.equal(features[:, width:], features[:, width:].bfloat16().float())
+
+
+@pytest.mark.parametrize("config_cls", [DynammoConfig, DynammoLoraConfig])
+def test_features_come_from_a_block_that_is_saved_whole(config_cls, tmp_path):
+    """PEFT trains a copy of it."""
+    config = config_cls(classes=["cat", "dog"], modules_to_save=["layers.4"])
+    model, images = get_peft_model(tiny_model("vit"), config, "task_000"), tiny_images("vit")
+    block = model.base_model.model.vit.layers[4].modules_to_save["task_000"]
+    last = config.feature_modules[-1]
+    assert last.endswith("layers.4")
+    seen = {}
+    handle = block.register_forward_hook(lambda module, args, output: seen.update(block=output))
+    features = logits_of(model, images, "features")
+    hidden = seen["block"] if isinstance(seen["block"], torch.Tensor) else seen["block"][0]
+    pooled = F.layer_norm(hidden[:, 1:].mean(dim=1), hidden.shape[2:])
+    torch.testing.assert_close(features[:, -pooled.shape[1] :], pooled)
+    handle.remove()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model("vit"), tmp_path / "task_000").eval()
+    torch.testing.assert_close(logits_of(again, images), logits_of(model.eval(), images))
+    plain = model.base_model.unload()
+    assert not [module for module in plain.modules() if module._forward_hooks]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_logits_do_not_overflow_in_half_precision(dtype):
+    model, images = adapted("convnext"), tiny_images("convnext")
+    with torch.no_grad():
+        model.base_model.head.heads["task_000"].bias.copy_(torch.tensor([20000.0, -60000.0, 30000.0]))
+    expected = logits_of(model, images)
+    found = logits_of(model.to(dtype), images)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

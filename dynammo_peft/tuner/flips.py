@@ -45,7 +45,7 @@ class FlipHook:
         # What are no images is for the model to refuse.
         usable = isinstance(images, Tensor) and images.dim() == 4 and not model.training
         flips = self.head.flips_to_average() if usable else []
-        self.head.copies = 1 + len(flips)
+        self.head.state.copies = 1 + len(flips)
         if not flips:
             return args, kwargs
         images = with_flips(images, flips)

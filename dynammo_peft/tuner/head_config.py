@@ -140,6 +140,9 @@ def _as_heads(classes: Optional[Union[list[str], list[list[str]]]]) -> Optional[
     """One list of class names a head; names must be strings and differ."""
     if classes is None:
         return None
+    kinds = {isinstance(head, str) for head in classes if isinstance(head, (str, list, tuple))}
+    if isinstance(classes, str) or len(kinds) > 1:
+        raise ValueError(f"classes={classes!r} must be a list of class names, or a list of such lists.")
     heads = [list(classes)] if all(isinstance(name, str) for name in classes) else [list(head) for head in classes]
     names = [name for head in heads for name in head]
     known: set[str] = set()

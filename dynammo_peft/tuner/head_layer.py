@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Optional
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from .features import FeatureTap
 from .flips import Flip, average_copies
+from .forward_state import ForwardState
 from .head_config import HeadConfig, Scoring
 from .heads import class_logits, score_heads
 from .standardisation import Standardisation
@@ -51,8 +53,8 @@ class DynammoHead(WrappingLayer):
         self.taps = taps
         self.feature_modules: dict[str, list[str]] = {}
         self.output: HeadOutput = "scores"
-        # How often each image stands in the batch of the current forward.
-        self.copies = 1
+        # How often each image stands in the batch.
+        self.state = ForwardState()
         self.flips: dict[str, list[Flip]] = {}
         # Set while a head is trained on what enters the classifier, standardised.
         self.standardisation: Optional[Standardisation] = None
@@ -83,7 +85,7 @@ class DynammoHead(WrappingLayer):
         """Logits over the classes `(B, N)`; inside `head_output`, raw logits or the features instead."""
         names = self._own_adapters(self.heads)
         taken = {name: tap.take() for name, tap in self.taps.items()}
-        parts = {name: average_copies(self._features(hidden_states, taken, name), self.copies) for name in names}
+        parts = {name: average_copies(self._features(hidden_states, taken, name), self.state.copies) for name in names}
         if self.output == "features":
             return parts[names[0]] if names else hidden_states.flatten(1)
         if not names:
@@ -153,9 +155,11 @@ class DynammoHead(WrappingLayer):
         self.heads[merged] = both
         self.sizes[merged] += sizes
 
-    def check_folds(self) -> None:
-        """Raises a `ValueError` unless a plain classifier can take the place of the active adapters' heads."""
-        for name in self._own_adapters(self.heads):
+    def check_folds(self, adapters: Sequence[str]) -> None:
+        """Raises a `ValueError` unless a plain classifier can take the place of these adapters' heads."""
+        for name in adapters:
+            if name not in self.heads:
+                continue
             if self.feature_modules[name]:
                 raise ValueError(
                     f"The heads of adapter {name!r} read feature_modules={self.feature_modules[name]!r} beside what "
@@ -188,6 +192,7 @@ class DynammoHead(WrappingLayer):
     ) -> nn.Module:
         """The base model's classifier; if `merge`, with the adapters' heads as its linear layer."""
         names = self._own_adapters(self.heads) if adapter_names is None else adapter_names
+        names = [name for name in names if name in self.heads]
         if not merge or not names:
             return self.base_layer
         parts = [class_logits(self.heads[name], self.sizes[name]) for name in names]
@@ -213,11 +218,12 @@ class DynammoHead(WrappingLayer):
 
     def _logits(self, features: Tensor, name: str) -> Tensor:
         head = self.heads[name]
-        features = features.to(head.weight.dtype)
-        # In half precision, heads on many correlated features would lose what tells classes apart.
+        # In half precision, heads on many correlated features would lose what tells classes apart, and overflow.
+        features = features if features.dtype == torch.float64 else features.float()
+        weight, bias = head.weight.to(features.dtype), head.bias.to(features.dtype)
         with torch.autocast(features.device.type, enabled=False):
             if self.standardisation is not None:
                 features = self.standardisation(features)
             if self.output.startswith("last_layer_logits"):
-                return F.linear(features[:, : self.features], head.weight[:, : self.features], head.bias)
-            return head(features)
+                features, weight = features[:, : self.features], weight[:, : self.features]
+            return F.linear(features, weight, bias)

@@ -45,6 +45,10 @@ class HeadTuner(MergeableTuner):
         if isinstance(config.target_modules, set) and config.head_module is not None:
             # PEFT counts the head among all linear layers, but for the first adapter alone.
             config.target_modules -= {name for name in config.target_modules if self._is_head(config, name)}
+        if self.head is not None:
+            # PEFT copies modules to be saved whole, which is where the heads' features come from then.
+            for hooks, key, tap in FeatureTap.all_of(self.model):
+                hooks[key] = self.head.taps[tap.name]
         # Only now is it settled what is trained.
         self.train(model.training)
 
@@ -113,7 +117,7 @@ class HeadTuner(MergeableTuner):
         for name in names:
             if name not in taps:
                 path = find_base_module(self.model, name)
-                taps[name] = FeatureTap(self.model.get_submodule(path), self._probe.outputs[name])
+                taps[name] = FeatureTap(name, self.model.get_submodule(path), self._probe.outputs[name])
         return taps
 
     @staticmethod
@@ -181,6 +185,8 @@ class HeadTuner(MergeableTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        # As of `set_adapter`: another one may be trained now.
+        self.train(self.model.training)
         self._sync_labels(self.active_adapters)
 
     def append_heads(self, merged: str, adapter: str) -> None:
@@ -198,8 +204,8 @@ class HeadTuner(MergeableTuner):
         ImageSizeHook.of(self.model).handle.remove()
         if self.head is not None:
             self._flip_hook.handle.remove()
-            for tap in self.head.taps.values():
-                tap.handle.remove()
+            for hooks, key, _ in FeatureTap.all_of(self.model):
+                del hooks[key]
 
     def _sync_labels(self, adapters: Sequence[str]) -> None:
         """Makes the base model's configuration name the classes whose logits it gives now."""

@@ -56,7 +56,7 @@ class ImageSizeHook:
         if isinstance(images, torch.Tensor) and images.dim() == 4:
             size = (images.shape[2], images.shape[3])
             for layer in self.layers:
-                layer.image_size = size
+                layer.state.image_size = layer.last_image_size = size
             if "interpolate_pos_encoding" not in kwargs and needs_interpolation(model, size):
                 kwargs = {**kwargs, "interpolate_pos_encoding": True}
             # ViT does so itself; other models refuse single precision where their weights are half.

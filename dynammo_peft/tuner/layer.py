@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .architectures import Site, bottleneck_channels
 from .config import DynammoConfig
+from .forward_state import ForwardState
 from .wrapping import WrappingLayer
 
 
@@ -61,8 +62,10 @@ class DynammoLayer(WrappingLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: DynammoConfig, site: Site) -> None:
         super().__init__(base_layer, adapter_name)
         self.site = site
-        # Height and width of the images of the current forward, in pixels; set by a hook of the base model.
-        self.image_size: tuple[int, int] = (0, 0)
+        # The size of the images, set by a hook of the base model; and of those of whatever thread came last, for
+        # activations that are computed again in a thread of PyTorch's own.
+        self.state = ForwardState()
+        self.last_image_size: tuple[int, int] = (0, 0)
         self.dynammo_down = nn.ModuleDict()
         self.dynammo_down_norm = nn.ModuleDict()
         self.dynammo_up = nn.ModuleDict()
@@ -92,7 +95,7 @@ class DynammoLayer(WrappingLayer):
 
     def _adapt_tokens(self, hidden_states: Tensor, names: list[str]) -> Tensor:
         prefix = self.site.prefix
-        height, width = self.site.grid(hidden_states.shape[1], self.image_size)
+        height, width = self.site.grid(hidden_states.shape[1], self.state.image_size or self.last_image_size)
         # A view: tokens are a map whose channels come last in memory.
         grid = hidden_states[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
         patches = self._adapt_map(grid, names).flatten(2).transpose(1, 2)
