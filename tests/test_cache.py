@@ -4,6 +4,7 @@ import os
 import pickle
 import resource
 import shutil
+import time
 import warnings
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from forking import CONTEXT
+from PIL import Image
 from tiny import tiny_dataset, tiny_model, tiny_processor
 from transformers import ViTImageProcessorPil
 
@@ -131,6 +133,15 @@ class OtherProcessor(ViTImageProcessorPil):
         raw = not kwargs.get("do_normalize", True)
         processed["pixel_values"] = (255 if raw else 0) - processed["pixel_values"]
         return processed
+
+
+def test_files_that_were_changed_are_decoded_again(tmp_path):
+    data = saved(tmp_path / "images")
+    make(data, cache_dir=tmp_path / "cache")
+    for path in (tmp_path / "images").iterdir():
+        Image.new("RGB", (32, 32), "white").save(path)
+        os.utime(path, (time.time() + 1,) * 2)
+    assert (make(data, cache_dir=tmp_path / "cache")[0].train.images == 255).all()
 
 
 def test_processors_of_one_name_are_told_apart(tmp_path):

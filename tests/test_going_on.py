@@ -186,6 +186,18 @@ def test_a_backbone_that_lora_is_merged_into_is_not_saved(tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_model_is_on_its_device_before_anything_is_scored(tmp_path, monkeypatch):
+    method = dynammo()
+    fit(method, scenario(1))
+    method = load_method(published(method, tmp_path))
+    calls = []
+    to, logits = method.model.to, method.logits
+    monkeypatch.setattr(method.model, "to", lambda *where: calls.append("to") or to(*where))
+    monkeypatch.setattr(method, "logits", lambda images: calls.append("logits") or logits(images))
+    fit(method, scenario(1, learned=1, exemplar_rows=method.exemplar_rows))
+    assert calls[0] == "to" and "logits" in calls
+
+
 def test_what_learning_goes_on_with_is_saved_whoever_names_it(tmp_path):
     method = dynammo()
     fit(method, scenario(2))

@@ -11,6 +11,7 @@ from tiny import tiny_dataset, tiny_processor
 from transformers import ViTImageProcessorPil
 
 from dynammo_peft import ClassIncrementalScenario
+from dynammo_peft.data.transforms import iterate_decoded
 
 
 NAMES = [f"class {label}" for label in range(5)]
@@ -356,3 +357,41 @@ def test_progress_is_shown_only_if_asked_for(capsys):
     assert "training images" in shown
     assert "50/50" in shown
     assert "test images" in shown
+
+
+@pytest.mark.parametrize("format", ["torch", "numpy", "arrow"])
+def test_labels_are_read_whatever_the_format(format):
+    train, test = tiny_dataset(4, 6), tiny_dataset(4, 3, seed=1)
+    scenario = ClassIncrementalScenario(
+        train.with_format(format, columns=["image"]), test, tiny_processor(), classes_per_task=2, progress=False
+    )
+    plain = ClassIncrementalScenario(train, test, tiny_processor(), classes_per_task=2, progress=False)
+    assert torch.equal(scenario[0].train.images, plain[0].train.images)
+
+
+def test_a_transform_that_is_not_applied_is_told():
+    train, test = tiny_dataset(4, 6), tiny_dataset(4, 3, seed=1)
+    with pytest.warns(UserWarning, match="The train set has a transform .*not applied"):
+        ClassIncrementalScenario(
+            train.with_transform(lambda rows: {}), test, tiny_processor(), classes_per_task=2, progress=False
+        )
+
+
+def test_images_that_are_asked_for_in_grey_are_refused():
+    train, test = tiny_dataset(4, 6), tiny_dataset(4, 3, seed=1)
+    train = train.cast_column("image", datasets.Image(mode="L"))
+    with pytest.raises(ValueError, match="mode='L', and all are read in colour"):
+        ClassIncrementalScenario(train, test, tiny_processor(), classes_per_task=2, progress=False)
+
+
+def test_images_that_a_decoder_fails_on_are_named_by_their_row(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("Failed to decode image")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(ValueError, match="of row 0 cannot be read .Failed to decode image"):
+        ClassIncrementalScenario(
+            tiny_dataset(4, 6), tiny_dataset(4, 3, seed=1), tiny_processor(), classes_per_task=2, progress=False
+        )
+    with pytest.raises(ValueError, match="Row 7 has no image; remove it"):
+        list(iterate_decoded([{"image": {"bytes": None, "path": None}}], "image", tiny_processor(), [7]))

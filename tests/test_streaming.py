@@ -49,6 +49,23 @@ def test_a_stream_is_no_different_from_the_data_set(tmp_path, options, shards):
     check_same(make(stream(shards=shards), stream(TEST), cache_dir=tmp_path, **options), make(**options))
 
 
+def first_classes(example):
+    return example["label"] < 4
+
+
+def as_it_is(example):
+    return example
+
+
+@pytest.mark.parametrize("step", ["filter", "map"])
+def test_images_that_a_step_of_a_stream_has_decoded_are_taken(tmp_path, step):
+    train = stream().filter(first_classes) if step == "filter" else stream().map(as_it_is, features=FEATURES)
+    groups = [["class 0", "class 1"], ["class 3"]]
+    scenario, other = make(train, stream(TEST), cache_dir=tmp_path, groups=groups), make(groups=groups)
+    for mine, its in zip(scenario, other):
+        assert torch.equal(mine.train.images, its.train.images) and torch.equal(mine.train.labels, its.train.labels)
+
+
 def test_a_stream_and_a_data_set_go_together(tmp_path):
     check_same(make(stream(), TEST, cache_dir=tmp_path), make())
     check_same(make(TRAIN, stream(TEST), cache_dir=tmp_path), make())

@@ -125,6 +125,9 @@ def test_sixteen_bit_grey_images_keep_their_contrast():
         (np.linspace(0, 65535, 1024), "uint16", None),
         (np.linspace(0, 65535, 1024), "int32", None),
         (np.linspace(0, 255, 1024), "float32", None),
+        (np.linspace(0, 4000, 1024), "float32", "from 0 to 255, and some have others"),
+        (np.linspace(-1024, 60000, 1024), "int32", "from 0 to 65535, and some have others"),
+        (np.linspace(-1, 256, 1024), "float32", None),  # rounding
         (np.zeros(1024), "uint16", None),  # black
         (np.linspace(0, 15, 1024), "uint8", None),  # all there is
     ],

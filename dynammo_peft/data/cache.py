@@ -79,6 +79,7 @@ def open_cache(
     facts: dict[str, Any],
     decode: Callable[[], Iterator[tuple[Tensor, int]]],
     count: Optional[int] = None,
+    newest: float = 0.0,
 ) -> MappedImages:
     """
     The images of a cache file, which is written first if there is none.
@@ -90,6 +91,7 @@ def open_cache(
         facts (`dict[str, Any]`): What the images depend on: the file's name follows from it.
         decode (`Callable`): Gives images `(3, H, W)`, `uint8`, and labels; called if there is no file yet.
         count (`Optional[int]`): How many there will be, if that is known.
+        newest (`float`): When what is decoded was last changed, in seconds: a file that is older is made again.
 
     Returns:
         `MappedImages`: The images.
@@ -101,7 +103,7 @@ def open_cache(
     content = json.dumps({"format_version": FORMAT_VERSION, **facts}, sort_keys=True, default=str)
     path = directory / f"images-{hashlib.sha256(content.encode()).hexdigest()[:32]}.npy"
     with _naming_the_folder(directory):
-        if path.exists():
+        if path.exists() and path.stat().st_mtime >= newest:
             try:
                 return MappedImages(path)
             except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Optional, Union
@@ -87,7 +88,8 @@ class ImageSource:
         """The data set's own label of each row, `(N,)`."""
         if self.is_stream:
             return self._cache.labels
-        labels = self.dataset[self.label_column][:]
+        # Whatever format or transform others read it in.
+        labels = self.dataset.with_format(None)[self.label_column][:]
         for row, label in enumerate(labels):
             self._check_label(row, label)
         return torch.tensor(labels, dtype=torch.long)
@@ -109,7 +111,7 @@ class ImageSource:
             raise ValueError(
                 f"Column {column!r} of the {self.split} set is {feature}; {option} needs strings or whole numbers."
             )
-        plain = self.dataset.select_columns([column])
+        plain = self.dataset.with_format(None).select_columns([column])
         values = [example[column] for example in plain] if self.is_stream else plain[column][:]
         named = isinstance(feature, datasets.ClassLabel)
         for row, value in enumerate(values):
@@ -149,7 +151,8 @@ class ImageSource:
             # The type too: those of one name that resize by other libraries give other pixels.
             "image_processor": [type(self.image_processor).__name__, self.image_processor.to_dict()],
         }
-        return open_cache(self.cache_dir, facts, self._decoded, None if self.is_stream else len(self.dataset))
+        count, newest = (None, 0.0) if self.is_stream else (len(self.dataset), self._newest())
+        return open_cache(self.cache_dir, facts, self._decoded, count, newest)
 
     def _fingerprint(self) -> str:
         """Tells the data set from all others: for a stream where its files are and what is done to them."""
@@ -165,6 +168,16 @@ class ImageSource:
                 f"The {self.split} stream cannot be told from other ones, since its functions cannot be pickled "
                 f"({type(error).__name__}: {error}); use functions of a module, without open files or locks."
             ) from error
+
+    def _newest(self) -> float:
+        """When one of the files that rows name was last changed, in seconds; those that are gone do not count."""
+        newest = 0.0
+        for batch in self.dataset.with_format("arrow").select_columns([self.image_column]).iter(1024):
+            content, path = batch[self.image_column].combine_chunks().flatten()
+            for name, held in zip(path.to_pylist(), content.is_valid().to_pylist()):
+                if name is not None and not held and os.path.isfile(name):
+                    newest = max(newest, os.stat(name).st_mtime)
+        return newest
 
     def _decoded(self) -> Iterator[tuple[Tensor, int]]:
         """Images and labels of all rows."""
@@ -208,6 +221,17 @@ class ImageSource:
             raise ValueError(
                 f"Column {self.image_column!r} of the {split} set is no Image but {type(image).__name__}; "
                 "convert it by `dataset.cast_column(column, datasets.Image())`."
+            )
+        if image.mode not in (None, "RGB"):
+            raise ValueError(
+                f"Column {self.image_column!r} of the {split} set has images in mode={image.mode!r}, and all are read "
+                "in colour; convert the images themselves, or `dataset.cast_column(column, datasets.Image())`."
+            )
+        if not self.is_stream and self.dataset.format["type"] == "custom":
+            warnings.warn(
+                f"The {split} set has a transform (`with_transform`), which is not applied to the images that are "
+                "learned from; use `map` for what is to be done to them.",
+                stacklevel=4,
             )
         if not isinstance(label, datasets.ClassLabel):
             how = f"class_encode_column({self.label_column!r})"

@@ -118,14 +118,20 @@ def _in_order(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> I
         pool.shutdown(cancel_futures=True)
 
 
-def _decode(source: Optional[dict[str, Any]], row: int, image_processor: Any) -> Tensor:
-    if source is None:
+def _decode(source: Any, row: int, image_processor: Any) -> Tensor:
+    """What a row has: a file's bytes or path, or an image that a stream's filter or map has decoded."""
+    if isinstance(source, np.ndarray):
+        source = Image.fromarray(source)
+    if isinstance(source, Image.Image):
+        return _pixels(_to_rgb(ImageOps.exif_transpose(source)), image_processor)
+    if source is None or (source["bytes"] is None and source["path"] is None):
         raise ValueError(f"Row {row} has no image; remove it.")
     where = source["path"] or f"of row {row}"
     try:
         with Image.open(_file(source)) as file:
             image = _to_rgb(ImageOps.exif_transpose(file))
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    # Decoders of some formats raise a RuntimeError.
+    except (Image.DecompressionBombError, OSError, RuntimeError, SyntaxError, ValueError) as error:
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"Image {where} cannot be read ({reason}); repair or remove it.") from error
     return _pixels(image, image_processor)
@@ -154,6 +160,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     values = np.nan_to_num(np.asarray(image))
     scale, most = (256, 65535) if image.mode.startswith("I") else (1, 255)
     grey = (values // scale).clip(0, 255).astype(np.uint8)
+    if ((values < 0) | (values > most)).mean() > 0.01:
+        warnings.warn(
+            f"Images of PIL's mode {image.mode!r} are taken to have grey values from 0 to {most}, and some have "
+            "others, which become black or white. Save them with 8 bits.",
+            stacklevel=2,
+        )
     if values.max() > values.min() and grey.max() < 16:
         # Without a path, so that it is said once.
         warnings.warn(

@@ -142,7 +142,7 @@ def _draw(dataset: datasets.Dataset, label_column: str, count: int, seed: int) -
     feature = dataset.features.get(label_column)
     if not isinstance(feature, datasets.ClassLabel):
         raise ValueError(f"Column {label_column!r} is no ClassLabel; set label_column.")
-    labels = torch.tensor(dataset[label_column][:])
+    labels = torch.tensor(dataset.with_format(None)[label_column][:])
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for label, name in enumerate(feature.names):

@@ -112,6 +112,8 @@ class Learner:
         if self.checkpoints is not None:
             begun = (self.method, scenario, self.accelerator, results, resume_from_checkpoint)
             self._position = self.checkpoints.begin(*begun)
+        # Nothing need be trained before it is used.
+        self.method.model.to(self.accelerator.device)
         if scenario.first_task == self._position.task:
             self._score_learned(scenario, results, seen)
         for task in scenario:
