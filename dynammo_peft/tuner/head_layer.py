@@ -7,6 +7,7 @@ from typing import Any, Literal, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from .features import FeatureTap
@@ -220,10 +221,13 @@ class DynammoHead(WrappingLayer):
         head = self.heads[name]
         # In half precision, heads on many correlated features would lose what tells classes apart, and overflow.
         features = features if features.dtype == torch.float64 else features.float()
-        weight, bias = head.weight.to(features.dtype), head.bias.to(features.dtype)
         with torch.autocast(features.device.type, enabled=False):
             if self.standardisation is not None:
                 features = self.standardisation(features)
             if self.output.startswith("last_layer_logits"):
-                features, weight = features[:, : self.features], weight[:, : self.features]
-            return F.linear(features, weight, bias)
+                weight = head.weight[:, : self.features].to(features.dtype)
+                return F.linear(features[:, : self.features], weight, head.bias.to(features.dtype))
+            if head.weight.dtype == features.dtype:
+                return head(features)
+            tensors = {key: tensor.to(features.dtype) for key, tensor in head.named_parameters()}
+            return functional_call(head, tensors, features)
