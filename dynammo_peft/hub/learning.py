@@ -42,9 +42,9 @@ def save_learning_state(
     """
     Writes beside a model's task adapters what `load_method` needs to go on learning; [`save_model`] writes both.
 
-    That is the options, which rows of the training data are exemplars, and the class statistics; no name of a file,
-    and no image unless asked for. The mean of a class of one image is that image's features; a warning names such
-    classes.
+    That is the options, which rows of the training data are exemplars and of which class, and the class statistics; no
+    name of a file, and no image unless asked for. The mean of a class of one image is that image's features; a warning
+    names such classes.
 
     Args:
         method (`TwoStageMethod`): A method that has learned some tasks.
