@@ -132,7 +132,7 @@ def publish(
         test_images=len(results.references) if measured else None,
         image_size=tuple(scenario.image_size),
         cost=cost,
-        training_data=f"{name}; of classes learned before: not known" if results.learned else name,
+        training_data=f"{name}; what earlier classes were learned from is not known" if results.learned else name,
         training_data_id=repository,
         license=args.hub_license,
     )
