@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Optional, get_args
 
 import transformers
-from huggingface_hub import HfApi
-from huggingface_hub.errors import RevisionResolutionError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils.hub import resolve_revision
 
 from dynammo_peft import DynammoConfig, DynammoLoraConfig
 from dynammo_peft.data import resized_image_processor
@@ -102,7 +101,9 @@ def load_model(args: ModelArguments) -> tuple[transformers.PreTrainedModel, Any]
         size = args.image_size or getattr(config, "image_size", 224)
         model = AutoModelForImageClassification.from_config(config)
         return model, transformers.ViTImageProcessorPil(size={"height": size, "width": size})
-    args.revision = _commit(args)
+    # On the weights of a later commit adapters would compute something else.
+    revision = resolve_revision(args.model_name_or_path, args.revision)
+    args.revision = getattr(revision, "resolved", revision)
     try:
         model = AutoModelForImageClassification.from_pretrained(args.model_name_or_path, revision=args.revision)
     except OSError as error:
@@ -113,17 +114,6 @@ def load_model(args: ModelArguments) -> tuple[transformers.PreTrainedModel, Any]
         ) from error
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.revision)
     return model, resized_image_processor(processor, args.image_size) if args.image_size else processor
-
-
-def _commit(args: ModelArguments) -> str:
-    """The commit that a revision is of now: on the weights of a later one adapters would compute something else."""
-    if os.path.isdir(args.model_name_or_path):
-        return args.revision
-    try:
-        return HfApi().resolve_revision(args.model_name_or_path, revision=args.revision).resolved
-    except (OSError, ValueError, RevisionResolutionError):
-        # Who loads the model says more of it.
-        return args.revision
 
 
 def choose_adapter(args: ModelArguments, model: transformers.PreTrainedModel) -> TaskAdapter:
