@@ -174,14 +174,20 @@ def test_combine_by_hand(method, granularity):
         assert merged[key].dtype is expected[key].dtype
 
 
-def test_channels_of_a_container_with_several_layers():
-    last = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.PReLU(), torch.nn.Linear(3, 2))
+def saving(last):
+    """A model of two layers with two adapters, which save the last one whole."""
     base = torch.nn.Sequential()
     base.add_module("first", torch.nn.Linear(4, 4))
     base.add_module("last", last)
     config = IA3Config(target_modules=["first"], feedforward_modules=[], modules_to_save=["last"])
     model = get_peft_model(base, config, TASKS[0])
     model.add_adapter(TASKS[1], config)
+    return model
+
+
+def test_channels_of_a_container_with_several_layers():
+    last = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.PReLU(), torch.nn.Linear(3, 2))
+    model = saving(last)
     merge_adapters(model, TASKS[:2])
     weights = random_weights(adapter_merge_weights(model, TASKS[:2], granularity="channel"))
     saved = [(group.name, group.channels) for group in weights.groups[1:]]
@@ -199,14 +205,9 @@ def test_channels_of_a_container_with_several_layers():
 def test_channels_of_batch_normalisation_beside_other_layers():
     """Its count of batches takes no weight."""
     last = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
-    base = torch.nn.Sequential()
-    base.add_module("first", torch.nn.Linear(4, 4))
-    base.add_module("last", last)
-    config = IA3Config(target_modules=["first"], feedforward_modules=[], modules_to_save=["last"])
-    model = get_peft_model(base, config, TASKS[0])
-    model.add_adapter(TASKS[1], config)
+    model = saving(last)
     for task, count in zip(TASKS, (2, 3)):
-        base.last.modules_to_save[task][0].num_batches_tracked.fill_(count)
+        model.base_model.model.last.modules_to_save[task][0].num_batches_tracked.fill_(count)
     weights = random_weights(adapter_merge_weights(model, TASKS[:2], granularity="channel"))
     merged = weights.combine([adapter_tensors(model, task) for task in TASKS[:2]])
     assert merged["last.modules_to_save.0.num_batches_tracked"] == 5

@@ -27,7 +27,7 @@ class FeatureTap:
     def __init__(self, name: str, block: nn.Module, site: Site) -> None:
         self.name, self.site = name, site
         self.state = ForwardState()
-        self.handle = block.register_forward_hook(self)
+        block.register_forward_hook(self)
 
     def __call__(self, block: nn.Module, args: tuple, output: Any) -> None:
         hidden_states = output if isinstance(output, Tensor) else output[0]
