@@ -18,6 +18,10 @@ from dynammo_peft.merging import adapter_tensors
 from dynammo_peft.methods import Stage
 
 
+# Images a forward for features that are kept: a GPU is hardly busy with fewer, a processor's caches hold no more.
+FEATURES_BATCH = {"cuda": 256, "cpu": 64}
+
+
 class SharedLearner(dp.Learner):
     """Trains stage 1 once for all methods with the same images in it, and keeps the features it has computed.
 
@@ -76,7 +80,8 @@ class SharedLearner(dp.Learner):
         keys = [(state, _digest("", image)) for image, _ in images]
         missing = torch.tensor([index for index, key in enumerate(keys) if key not in self.known])
         if len(missing):
-            for index, row in zip(missing.tolist(), compute(images.select(missing), adapter, 1)[0]):
+            batch = FEATURES_BATCH[self.accelerator.device.type]
+            for index, row in zip(missing.tolist(), compute(images.select(missing), adapter, 1, batch)[0]):
                 self.known[keys[index]] = row
         return torch.stack([self.known[key] for key in keys])[None]
 
