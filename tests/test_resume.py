@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from test_learner import forget_settings
 from tiny import tiny_dataset, tiny_model, tiny_processor
 
@@ -378,6 +379,30 @@ def test_adapters_on_the_disk_may_have_moved(tmp_path, monkeypatch):
     resumed = kept_in("after")
     assert_same(outcome(resumed, learn(resumed, tmp_path / "run", tasks(**one), resume="latest")), expected)
     assert not (tmp_path / "before").exists()
+
+
+def test_one_run_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("dynammo_peft.training.store.LOCK_SECONDS", 0.1)
+    # As in another process: each lock is of its own open file.
+    other = CheckpointStore(tmp_path)
+    other.hold()
+    part = other.put({"not yet named": torch.ones(2)})
+    for resume in (None, "latest"):
+        with pytest.raises(CheckpointError, match=f"Another run writes .* {tmp_path}; wait for its end"):
+            learn(new_method(), tmp_path, resume=resume)
+    assert (tmp_path / "parts" / part).exists()
+    other.release()
+    learn(new_method(), tmp_path)
+    # Free again, also behind a run that fails.
+    with pytest.raises(ValueError, match="has checkpoints of an earlier run"):
+        learn(new_method(), tmp_path)
+    other.hold(timeout=0)
+
+
+def test_a_folder_without_locks_is_used_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(FileLock, "acquire", lambda lock, **_: (_ for _ in ()).throw(NotImplementedError("no locks")))
+    learn(new_method(), tmp_path)
+    assert CheckpointStore(tmp_path).paths()
 
 
 @pytest.mark.parametrize(

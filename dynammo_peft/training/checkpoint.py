@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -98,9 +98,10 @@ class Checkpoints:
 
         Raises:
             ValueError: If the checkpoint is of another run, or there are checkpoints that shall not be resumed from.
-            CheckpointError: If it cannot be read.
+            CheckpointError: If it cannot be read, or another run writes to the folder.
         """
         self._method, self._accelerator, self._results = method, accelerator, results
+        self._by_main(self.store.hold)
         self._run = describe_run(method, scenario, accelerator)
         self._parts: dict[str, str] = {}
         if self.overwrite and resume_from_checkpoint is None:
@@ -141,6 +142,10 @@ class Checkpoints:
             running=parts.get("running"),
         )
 
+    def end(self) -> None:
+        """Called when the run ends, whether it has learned all or not: others may write to the folder."""
+        self.store.release()
+
     def is_due(self, steps: int) -> bool:
         """Whether a stage is to be saved, `steps` after it was."""
         return steps >= self.save_steps
@@ -175,18 +180,26 @@ class Checkpoints:
 
     def _read(self, which: str) -> Optional[dict[str, Any]]:
         """A checkpoint, read by the main process; the others need not see the folder."""
-        found: list[Any] = [None]
+
+        def read() -> Optional[dict[str, Any]]:
+            paths = self.store.paths() if which == LATEST else [Path(which)]
+            return {**self.store.read(paths[-1]), "path": str(paths[-1])} if paths else None
+
+        return self._by_main(read)
+
+    def _by_main(self, function: Callable[[], Any]) -> Any:
+        """What a function gives, or the `CheckpointError` it raises, in the main process; the same in all."""
+        given: list[Any] = [None]
         if self._accelerator.is_main_process:
             try:
-                paths = self.store.paths() if which == LATEST else [Path(which)]
-                found = [{**self.store.read(paths[-1]), "path": str(paths[-1])} if paths else None]
+                given = [function()]
             except CheckpointError as error:
-                found = [error]
+                given = [error]
         if self._accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        if isinstance(found[0], CheckpointError):
-            raise found[0]
-        return found[0]
+            broadcast_object_list(given)
+        if isinstance(given[0], CheckpointError):
+            raise given[0]
+        return given[0]
 
     def _snapshot(self) -> None:
         """Writes the parts that do not change while a task is learned, unless they are there from earlier."""

@@ -109,13 +109,29 @@ class Learner:
         self.method.begin(scenario, self.accelerator)
         results, seen, offset = self._begin_results(scenario)
         self._position = Position(task=scenario.first_task)
-        if self.checkpoints is not None:
-            begun = (self.method, scenario, self.accelerator, results, resume_from_checkpoint)
-            self._position = self.checkpoints.begin(*begun)
-        # Nothing need be trained before it is used.
-        self.method.model.to(self.accelerator.device)
-        if scenario.first_task == self._position.task:
-            self._score_learned(scenario, results, seen)
+        try:
+            if self.checkpoints is not None:
+                begun = (self.method, scenario, self.accelerator, results, resume_from_checkpoint)
+                self._position = self.checkpoints.begin(*begun)
+            # Nothing need be trained before it is used.
+            self.method.model.to(self.accelerator.device)
+            if scenario.first_task == self._position.task:
+                self._score_learned(scenario, results, seen)
+            self._learn_tasks(scenario, results, seen, offset, after_task)
+        finally:
+            if self.checkpoints is not None:
+                self.checkpoints.end()
+        return results
+
+    def _learn_tasks(
+        self,
+        scenario: ClassIncrementalScenario,
+        results: Results,
+        seen: list[LabelledImages],
+        offset: int,
+        after_task: Optional[Callable[[Task, Results], None]],
+    ) -> None:
+        """Learns and scores the tasks from where it stands; test images of those before are added to `seen`."""
         for task in scenario:
             if task.index < self._position.task:
                 seen.append(task.test)
@@ -131,7 +147,6 @@ class Learner:
             self._log_task(task, results, seconds)
             if after_task is not None:
                 after_task(task, results)
-        return results
 
     def _log_task(self, task: Task, results: Results, seconds: float) -> None:
         measures = {name: value for name, value in results.metrics().items() if isinstance(value, float)}

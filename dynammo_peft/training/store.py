@@ -10,12 +10,15 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 
 
 FORMAT_VERSION = 3
+# What a killed run has started may outlive it by a moment.
+LOCK_SECONDS = 10
 _NAME = re.compile(r"checkpoint-(\d+)\.json")
 
 
@@ -30,6 +33,8 @@ class CheckpointStore:
     A part that did not change since the last checkpoint is not written again. Files get their names once they are
     whole and on the disk, a checkpoint after its parts: whenever a process ends, the last checkpoint is complete.
 
+    One run at a time: parts that a second one has written, and not named yet, would be taken for leftovers.
+
     Args:
         directory (`Union[str, os.PathLike]`): The folder; made when something is written.
         total_limit (`int`): How many checkpoints to keep.
@@ -43,6 +48,37 @@ class CheckpointStore:
             raise ValueError(f"save_total_limit={total_limit} must be at least 1.")
         self.directory = Path(directory)
         self.total_limit = total_limit
+        self._lock: Optional[BaseFileLock] = None
+
+    def hold(self, timeout: Optional[float] = None) -> None:
+        """Keeps other runs out of the folder, until `release` or the end of the process.
+
+        File systems that know no locks, and folders that cannot be written, are left alone.
+
+        Args:
+            timeout (`Optional[float]`): Seconds to wait for another run to end; `LOCK_SECONDS` if `None`.
+
+        Raises:
+            CheckpointError: If another run goes on.
+        """
+        self.release()
+        lock = FileLock(self.directory / ".lock")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=LOCK_SECONDS if timeout is None else timeout)
+        except Timeout as error:
+            raise CheckpointError(
+                f"Another run writes its checkpoints to {self.directory}; wait for its end, or choose another folder."
+            ) from error
+        except (OSError, NotImplementedError):
+            return
+        self._lock = lock
+
+    def release(self) -> None:
+        """Lets other runs write to the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     @property
     def _parts(self) -> Path:
