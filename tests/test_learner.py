@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from peft import PeftModel
 from tiny import tiny_dataset, tiny_model, tiny_processor
 from torch import nn
@@ -550,6 +550,12 @@ def test_an_update_ends_with_an_epoch():
     plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)
     accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
     with pytest.raises(ValueError, match="sync_with_dataloader=False is not supported; leave it out"):
+        Learner(Pixels(2), accelerator)
+
+
+def test_processes_have_as_many_batches_each():
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=False))
+    with pytest.raises(ValueError, match="even_batches=False is not supported; leave it out"):
         Learner(Pixels(2), accelerator)
 
 

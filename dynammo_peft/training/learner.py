@@ -40,7 +40,8 @@ class Learner:
         dataloader_num_workers (`int`): Processes that read training images ahead; see [`~data.data_loader`].
 
     Raises:
-        ValueError: If a number is too small, or Accelerate would not end an update with an epoch.
+        ValueError: If a number is too small, or Accelerate would not end an update with an epoch or give processes
+            unequal numbers of batches.
 
     Example:
 
@@ -73,6 +74,9 @@ class Learner:
             raise ValueError(
                 "sync_with_dataloader=False is not supported; leave it out of the GradientAccumulationPlugin."
             )
+        # Processes would wait for each other's features and predictions: some would have a batch less.
+        if not self.accelerator.even_batches:
+            raise ValueError("even_batches=False is not supported; leave it out of the DataLoaderConfiguration.")
         self.eval_batch_size = eval_batch_size
         self.progress = progress and self.accelerator.is_main_process
         self.checkpoints = checkpoints
