@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from peft import AutoPeftModel, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import AutoPeftModel, PeftConfig, PeftModel, PeftType, get_model_status, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import KasaConfig
 from tiny import CONFIGS, tiny_dataset, tiny_images, tiny_model, tiny_processor
@@ -382,6 +382,22 @@ def test_lora_is_in_the_weights_for_a_while(name, feature_modules):
     model.unmerge_adapter()
     torch.testing.assert_close(model(pixel_values=images).logits, before, rtol=1e-4, atol=1e-5)
     assert list(model.state_dict()) == keys
+
+
+def test_peft_tells_what_is_in_the_weights():
+    model, images = two_tasks(), tiny_images("vit")
+    model.set_adapter("task_000")
+    model.merge_adapter()
+    assert get_model_status(model).merged_adapters == ["task_000"]
+    model.merge_adapter(["task_001"])
+    assert get_model_status(model).merged_adapters == ["task_000", "task_001"]
+    model.unmerge_adapter()
+    assert get_model_status(model).merged_adapters == []
+    # Without adapters, LoRA leaves the weights.
+    model.merge_adapter()
+    with model.disable_adapter():
+        model(pixel_values=images)
+    assert get_model_status(model).merged_adapters == []
 
 
 def test_regmean_measures_what_enters_the_factors(scenario):

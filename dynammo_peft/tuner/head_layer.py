@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Optional
 
 import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -84,6 +85,8 @@ class DynammoHead(WrappingLayer):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits over the classes `(B, N)`; inside `head_output`, raw logits or the features instead."""
+        if self.disable_adapters:
+            self.unmerge()  # As LoRA's layers do.
         names = self._own_adapters(self.heads)
         taken = {name: tap.take() for name, tap in self.taps.items()}
         parts = {name: average_copies(self._features(hidden_states, taken, name), self.state.copies) for name in names}
@@ -183,10 +186,12 @@ class DynammoHead(WrappingLayer):
             )
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-        """Nothing: heads stand beside the backbone, whose weights take up adapters only."""
+        """Noted only: heads stand beside the backbone, whose weights take up adapters."""
+        self.merged_adapters += [name for name in check_adapters_to_merge(self, adapter_names) if name in self.heads]
 
     def unmerge(self) -> None:
-        """Nothing, as for `merge`."""
+        """Noted only, as for `merge`."""
+        self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: Optional[list[str]]
