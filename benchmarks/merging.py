@@ -7,9 +7,10 @@
 
 Rows of a backbone, sequence and seed start from the same adapters: stage 1 is trained once for all methods that have
 the same images and the same loss in it, and kept under `docs/results/adapters` (not in version control; delete the
-folder after a change of the training code). Each result is one line of `docs/results/merging.jsonl`; the table has
-means and deviations over seeds, each with a class order of its own. With `--validation_fraction 0.25`, a quarter of
-the training images takes the place of the test images, which are not read then; such results go to another file.
+folder after a change of the training code). Each result is one line of `docs/results/merging.jsonl`, to which several
+processes may add, each with seeds of its own; the table has means and deviations over seeds, each with a class order
+of its own. With `--validation_fraction 0.25`, a quarter of the training images takes the place of the test images,
+which are not read then; such results go to another file.
 """
 
 from __future__ import annotations
