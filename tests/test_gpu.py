@@ -80,6 +80,26 @@ def assert_near(found, expected, tolerance):
         assert error <= tolerance * tensor.float().norm() + 1e-5, f"{name}: {error} of {tensor.float().norm()}"
 
 
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda here, there: here + there,
+        lambda here, there: torch.cat([here, there]),
+        lambda here, there: there[here > 0],
+        lambda here, there: F.linear(here, there),
+        lambda here, there: torch.randn(2, device=here.device, generator=torch.Generator()),
+    ],
+)
+def test_devices_do_not_meet(mix):
+    here, there = torch.ones(2, 2).to(DEVICE), torch.ones(2, 2)
+    with pytest.raises((RuntimeError, IndexError), match="device|generator"):
+        mix(here, there)
+    # Numbers and indices may lie on the CPU, and copies cross.
+    assert (here + torch.tensor(1.0)).sum().item() == 8
+    assert here[torch.tensor([0])].device == here.device
+    assert there.copy_(here).device.type == here.cpu().device.type == "cpu"
+
+
 @pytest.mark.parametrize("name", ["dynammo", "acl", "joint"])
 @pytest.mark.parametrize(("network", "config"), NETWORKS)
 def test_a_gpu_learns_what_a_cpu_learns(name, network, config):

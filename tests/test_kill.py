@@ -117,7 +117,7 @@ def test_a_full_disk(tmp_path):
     assert "File too large" in error
     assert f"{checkpoints[-1]} is complete" in error
     assert checkpoints[-1].read_bytes() == last
-    assert not list(tmp_path.glob("out-checkpoints/**/.*"))
+    assert not list(tmp_path.glob("out-checkpoints/**/.*.unfinished"))
     finished(killed_run.start(log, options, "--resume_from_checkpoint", "latest"))
     assert_same(tmp_path / "out", result(tmp_path / "whole"))
 
