@@ -19,7 +19,7 @@ from dynammo_peft.methods import Stage
 
 
 # Images a forward for features that are kept: a GPU is hardly busy with fewer, a processor's caches hold no more.
-FEATURES_BATCH = {"cuda": 256, "cpu": 64}
+ON_GPU, ON_CPU = 256, 64
 
 
 class SharedLearner(dp.Learner):
@@ -80,7 +80,7 @@ class SharedLearner(dp.Learner):
         keys = [(state, _digest("", image)) for image, _ in images]
         missing = torch.tensor([index for index, key in enumerate(keys) if key not in self.known])
         if len(missing):
-            batch = FEATURES_BATCH[self.accelerator.device.type]
+            batch = ON_CPU if self.accelerator.device.type == "cpu" else ON_GPU
             for index, row in zip(missing.tolist(), compute(images.select(missing), adapter, 1, batch)[0]):
                 self.known[keys[index]] = row
         return torch.stack([self.known[key] for key in keys])[None]
