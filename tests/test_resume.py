@@ -396,7 +396,7 @@ def test_one_run_at_a_time(tmp_path, monkeypatch):
     # Free again, also behind a run that fails.
     with pytest.raises(ValueError, match="has checkpoints of an earlier run"):
         learn(new_method(), tmp_path)
-    other.hold(timeout=0)
+    other.hold()
 
 
 def test_a_folder_without_locks_is_used_all_the_same(tmp_path, monkeypatch):

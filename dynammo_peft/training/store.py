@@ -17,7 +17,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 
 FORMAT_VERSION = 3
-# What a killed run has started may outlive it by a moment.
+# To wait for another run: what a killed one has started may outlive it by a moment.
 LOCK_SECONDS = 10
 _NAME = re.compile(r"checkpoint-(\d+)\.json")
 
@@ -50,22 +50,19 @@ class CheckpointStore:
         self.total_limit = total_limit
         self._lock: Optional[BaseFileLock] = None
 
-    def hold(self, timeout: Optional[float] = None) -> None:
+    def hold(self) -> None:
         """Keeps other runs out of the folder, until `release` or the end of the process.
 
         File systems that know no locks, and folders that cannot be written, are left alone.
 
-        Args:
-            timeout (`Optional[float]`): Seconds to wait for another run to end; `LOCK_SECONDS` if `None`.
-
         Raises:
-            CheckpointError: If another run goes on.
+            CheckpointError: If another run goes on, for `LOCK_SECONDS` at least.
         """
         self.release()
         lock = FileLock(self.directory / ".lock")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=LOCK_SECONDS if timeout is None else timeout)
+            lock.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:
             raise CheckpointError(
                 f"Another run writes its checkpoints to {self.directory}; wait for its end, or choose another folder."
