@@ -46,7 +46,7 @@ Precision = Literal["bf16", "fp32"]
 
 BACKBONES = {"deit_tiny": "deit_tiny_patch16_224", "resnet18": "resnet18_stages1-3"}
 # Trains 1.3 times as fast in bf16 on a CPU; `SDPBackend.MATH`, for attention, 1.2 times.
-MEMORY_FORMAT = {"resnet18": torch.channels_last}
+MEMORY_FORMAT = {("resnet18", "cpu"): torch.channels_last}
 # float32 is float32 on a GPU too, whose convolutions would take TF32 otherwise.
 torch.backends.cudnn.allow_tf32 = False
 
@@ -261,8 +261,8 @@ def run_seed(
             print(f"{row}, {backbone}: is {plain}, left out", flush=True)
             continue
         accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-        cuda = accelerator.device.type == "cuda"
-        memory_format = torch.preserve_format if cuda else MEMORY_FORMAT.get(backbone, torch.preserve_format)
+        device = accelerator.device.type
+        memory_format = MEMORY_FORMAT.get((backbone, device), torch.preserve_format)
         method = method_cls(
             model.to(memory_format=memory_format),
             method_cls.arguments_cls(**arguments),
@@ -281,7 +281,7 @@ def run_seed(
             "average": round(100 * measures["average_incremental_accuracy"], 2),
             "forgetting": round(100 * measures.get("forgetting", 0.0), 2),
             "seconds": round(time.perf_counter() - start, 1),
-            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "device": torch.cuda.get_device_name() if device == "cuda" else device,
         }
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

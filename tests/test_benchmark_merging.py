@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny import tiny_dataset, tiny_model, tiny_processor
@@ -46,6 +47,8 @@ def test_rows_of_a_seed_share_adapters_and_are_run_once(benchmark, tmp_path):
     lines = run("acl", "default", "joint")
     assert [line["row"] for line in lines] == ["acl", "default", "joint"]
     assert all(0 <= line["last"] <= 100 for line in lines)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    assert {line["device"] for line in lines} == {where}
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "adapters").rglob("*.safetensors")}
     # Of two tasks by ACL, which trains with exemplars, and by the default. The joint one is of no use to others.
     assert len(kept) == 4
