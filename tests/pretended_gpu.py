@@ -74,10 +74,6 @@ def on_cpu(values: Any) -> Any:
     return tree_map(lambda value: value.data_on_cpu if isinstance(value, PretendedTensor) else value, values)
 
 
-def _is_pretended(device: Any) -> bool:
-    return torch.device(device).type == DEVICE.type
-
-
 def _run(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     name, device = function._schema.name, kwargs.get("device")
     if name == "aten::copy_":
@@ -87,7 +83,7 @@ def _run(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     ours = [leaf for leaf in leaves if isinstance(leaf, PretendedTensor)]
     if name != "aten::_to_copy":
         _refuse_to_mix(name, args[2:] if name in _BY_INDEX and isinstance(args[0], PretendedTensor) else leaves, ours)
-    to_gpu = bool(ours) if device is None else _is_pretended(device)
+    to_gpu = bool(ours) if device is None else torch.device(device).type == DEVICE.type
     drawn_by = [leaf for leaf in leaves if isinstance(leaf, torch.Generator)]
     if to_gpu and drawn_by:
         raise RuntimeError(f"Expected a generator of the GPU but found one of the CPU ({name})")
@@ -126,15 +122,11 @@ def _new_tensor(original: Callable) -> Callable:
 def _item(original: Callable) -> Callable:
     def by_index(self: Tensor, index: Any, *value: Any) -> Any:
         if isinstance(self, PretendedTensor):
-            parts = [torch.tensor(part) if isinstance(part, list) else part for part in _as_tuple(index)]
-            index = tuple(parts) if isinstance(index, tuple) else parts[0]
+            parts = index if isinstance(index, tuple) else (index,)
+            index = tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts)
         return original(self, index, *value)
 
     return by_index
-
-
-def _as_tuple(index: Any) -> tuple:
-    return index if isinstance(index, tuple) else (index,)
 
 
 _patched(torch, "tensor", _tensor)
