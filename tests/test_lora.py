@@ -89,6 +89,19 @@ def test_cat_is_the_weighted_sum_of_what_the_adapters_add(weights, options):
         torch.testing.assert_close(layer.get_delta_weight("merged"), expected)
 
 
+def test_cat_merges_adapters_of_other_ranks():
+    model = get_peft_model(tiny_model("vit"), config(["a", "b"]), "task_000")
+    model.add_adapter("task_001", config(["c"], r=2, lora_alpha=16))
+    scramble(model)
+    model.add_weighted_adapter(["task_000", "task_001"], adapter_name="merged")
+    assert model.peft_config["merged"].class_names == ["a", "b", "c"]
+    for layer in lora_layers(model):
+        parts = [layer.get_delta_weight(name) for name in ("task_000", "task_001")]
+        torch.testing.assert_close(layer.get_delta_weight("merged"), sum(parts) / 2)
+    with pytest.raises(ValueError, match="'task_000' and 'task_001' differ in r "):
+        model.add_weighted_adapter(["task_000", "task_001"], adapter_name="merged", combination_type="uniform")
+
+
 def test_cat_merges_convolutions():
     model = two_tasks("resnet_basic", weights=[0.25, 0.5])
     layer = lora_layers(model)[1]
@@ -343,7 +356,7 @@ def test_bad_merges():
     model = two_tasks()
     model.add_adapter("wide", config(["f"], r=8))
     with pytest.raises(ValueError, match=r"'task_000' and 'wide' differ in r \(4 and 8\)"):
-        model.add_weighted_adapter(["task_000", "wide"], adapter_name="both")
+        model.add_weighted_adapter(["task_000", "wide"], adapter_name="both", combination_type="linear")
     with pytest.raises(ValueError, match="combination_type='svd' does not exist; choose one of 'linear', .*, 'cat'"):
         model.add_weighted_adapter(["task_000", "task_001"], adapter_name="both", combination_type="svd")
     with pytest.raises(ValueError, match="1 weights for 2 adapters"):

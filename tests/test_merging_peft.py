@@ -39,6 +39,7 @@ from dynammo_peft.merging import (
 )
 from dynammo_peft.merging import merge as merge_module
 from dynammo_peft.merging.checks import check_name_is_free
+from dynammo_peft.merging.learned import adapter_merge_weights
 
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -421,7 +422,7 @@ def test_what_the_base_has_taken_in_cannot_be_merged():
 @pytest.mark.parametrize(
     "first, second, message",
     [
-        ({}, {"r": 8}, r"'a0' and 'a1' differ in r \(4 and 8\); train both with the same, or merge LoRA by PEFT"),
+        ({}, {"r": 8}, r"'a0' and 'a1' differ in r \(4 and 8\); train both with the same, or merge LoRA with weights"),
         ({}, {"target_modules": ["q_proj"]}, r"differ in target_modules \(\{.*'v_proj'.*\} and \{'q_proj'\}\)"),
         ({}, {"rank_pattern": {"q_proj": 2}}, r"differ in rank_pattern \(\{\} and \{'q_proj': 2\}\); train"),
         ({}, {"modules_to_save": ["classifier"]}, r"differ in modules_to_save \(None and \['classifier'\]\)"),
@@ -441,13 +442,66 @@ def test_adapters_that_are_not_alike(first, second, message):
     assert list(model.state_dict()) == keys
 
 
-@pytest.mark.parametrize("combination_type", ["cat", "svd"])
-def test_what_the_message_about_ranks_says_can_be_done(combination_type):
+def test_what_the_message_about_ranks_says_can_be_done():
     model = with_adapters(LoraConfig(**LORA), LoraConfig(**{**LORA, "r": 8}))
-    model.add_weighted_adapter(["a0", "a1"], [0.5, 0.5], "merged", combination_type=combination_type)
+    model.add_weighted_adapter(["a0", "a1"], [0.5, 0.5], "by_svd", combination_type="svd")
+    merge_adapters(model, ["a0", "a1"], [0.5, 0.5], "merged", combination_type="cat")
     parts, merged = [delta_weights(model, name) for name in ("a0", "a1")], delta_weights(model, "merged")
-    if combination_type == "cat":
-        assert_same(merged, {key: (parts[0][key] + parts[1][key]) / 2 for key in merged}, rtol=1e-5, atol=1e-5)
+    assert_same(merged, {key: (parts[0][key] + parts[1][key]) / 2 for key in merged}, rtol=1e-5, atol=1e-5)
+
+
+RANKS = {
+    "of adapters": ({}, {"r": 8}, 12, {}),
+    "and scalings": ({"lora_alpha": 4}, {"r": 2, "use_rslora": True}, 6, {}),
+    "of the same layers": ({"rank_pattern": {"q_proj": 2}}, {"rank_pattern": {"q_proj": 3}}, 8, {"q_proj": 5}),
+    "of one adapter's layers": ({}, {"rank_pattern": {"layers.0.attention.q_proj": 2}}, 8, {"q_proj": 6}),
+    "by other patterns": (
+        {"rank_pattern": {".*_proj": 1}},
+        {"r": 2, "rank_pattern": {"q_proj": 2, ".*v_proj": 3}},
+        6,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_side_by_side_adapters_may_have_any_ranks(name, tmp_path):
+    first, second, rank, ranks = RANKS[name]
+    model = with_adapters(LoraConfig(**{**LORA, **first}), LoraConfig(**{**LORA, **second}), LoraConfig(**LORA))
+    adapters, weights = ["a0", "a1"], [0.7, -1.5]
+    model.add_weighted_adapter(adapters, weights, "theirs", combination_type="cat")
+    merge_adapters(model, adapters, weights, combination_type="cat")
+    parts, merged = [delta_weights(model, adapter) for adapter in adapters], delta_weights(model, "merged")
+    assert_same(merged, {key: 0.7 * parts[0][key] - 1.5 * parts[1][key] for key in merged}, rtol=1e-5, atol=1e-5)
+    assert_same(merged, delta_weights(model, "theirs"), rtol=1e-5, atol=1e-5)
+    config = model.peft_config["merged"]
+    assert config.r == rank
+    if ranks is not None:
+        assert {key.rpartition(".")[2]: value for key, value in config.rank_pattern.items()} == ranks
+    for layer in (layer for layer in model.modules() if isinstance(layer, LoraLayer)):
+        assert layer.r["merged"] == layer.r["a0"] + layer.r["a1"]
+        assert layer.scaling["merged"] == 1
+    model.set_adapter("merged")
+    logits = logits_of(model, tiny_images("vit"))
+    model.save_pretrained(tmp_path, selected_adapters=["merged"])
+    loaded = PeftModel.from_pretrained(tiny_model("vit"), tmp_path / "merged").eval()
+    torch.testing.assert_close(logits_of(loaded, tiny_images("vit")), logits)
+
+
+def test_side_by_side_adapters_of_other_targets_are_refused():
+    model = with_adapters(LoraConfig(**LORA), LoraConfig(**{**LORA, "r": 8, "target_modules": ["q_proj"]}))
+    with pytest.raises(ValueError, match="differ in target_modules"):
+        merge_adapters(model, ["a0", "a1"], combination_type="cat")
+
+
+def test_learned_weights_are_of_adapters_of_one_rank():
+    model = with_adapters(LoraConfig(**LORA), LoraConfig(**{**LORA, "r": 8}), LoraConfig(**LORA))
+    weights = adapter_merge_weights(model, ["a0", "a2"], "a0", combination_type="cat")
+    weights = MergeWeights.from_dict({**weights.as_dict(), "adapters": ["a0", "a1"]})
+    with pytest.raises(ValueError, match=r"differ in r \(4 and 8\)"):
+        merge_adapters(model, ["a0", "a1"], weights, combination_type="cat")
+    with pytest.raises(ValueError, match=r"differ in r \(4 and 8\)"):
+        learn_merge_weights(model, ["a0", "a1"], [], combination_type="cat")
 
 
 def test_what_may_differ():

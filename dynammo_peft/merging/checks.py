@@ -17,6 +17,7 @@ from .adapters import (
     AdapterTensors,
     adapted_base,
     adapter_layers,
+    adapter_slots,
     check_has_adapters,
     tensors_of_adapters,
 )
@@ -50,6 +51,8 @@ TARGET_FIELDS = {
 }
 # These take a part of the base weights into the adapter, so that the adapters of a model depend on one another.
 BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What may differ too where LoRA's factors are placed side by side.
+SIDE_BY_SIDE_FIELDS = {"r", "rank_pattern", *SCALING_FIELDS}
 # Where layers with adapters keep the module that they stand in for.
 BASES = ("base_layer", "original_module")
 
@@ -73,13 +76,16 @@ def check_names(adapters: Sequence[str], adapter_name: str) -> list[str]:
     return names
 
 
-def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: Optional[str] = None) -> None:
+def check_mergeable(
+    model: AdaptedModel, adapters: Sequence[str], adapter_name: Optional[str] = None, side_by_side: bool = False
+) -> None:
     """Raises a `ValueError` unless the adapters exist, are built alike and can be merged into `adapter_name`.
 
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
         adapters (`Sequence[str]`): Names of the adapters to merge.
         adapter_name (`Optional[str]`): Name of the adapter to be made; `None` if none is.
+        side_by_side (`bool`): Whether LoRA's factors are placed side by side, so that ranks may differ.
     """
     check_has_adapters(model)
     if not adapters:
@@ -105,11 +111,12 @@ def check_mergeable(model: AdaptedModel, adapters: Sequence[str], adapter_name: 
             f"Adapters {', '.join(sorted(folded))} are merged into the base weights; call `unmerge_adapter` first."
         )
     tuner = tuner_of(model)
+    ignored = SIDE_BY_SIDE_FIELDS if side_by_side else frozenset()
     if hasattr(tuner, "check_mergeable"):
-        tuner.check_mergeable(adapters, adapter_name)
+        tuner.check_mergeable(adapters, adapter_name, ignored)
     else:
-        _check_configs(model, adapters)
-    _check_tensors(model, adapters)
+        _check_configs(model, adapters, ignored)
+    _check_tensors(model, adapters, ignored)
     check_constants(model, adapters)
 
 
@@ -229,20 +236,30 @@ def _unordered(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, (list, set, tuple)) else value
 
 
-def _check_tensors(model: AdaptedModel, adapters: Sequence[str]) -> None:
+def _check_tensors(model: AdaptedModel, adapters: Sequence[str], ignored: Set[str] = frozenset()) -> None:
     tensors = tensors_of_adapters(model, adapters)
     if not tensors[0]:
         raise ValueError(f"Adapter {adapters[0]!r} has no tensors that could be merged.")
+    compared = [_of_first_rank(model, name, own) for name, own in zip(adapters, tensors)] if ignored else tensors
     first = model.peft_config[adapters[0]]
-    for name, own in zip(adapters[1:], tensors[1:]):
-        if _shapes(own) == _shapes(tensors[0]):
+    for name, own in zip(adapters[1:], compared[1:]):
+        if _shapes(own) == _shapes(compared[0]):
             continue
         config = model.peft_config[name]
         for field in _differing_fields(first, config):
-            if field in TARGET_FIELDS:
+            if field in TARGET_FIELDS - ignored:
                 _raise_differing(adapters[0], name, field, getattr(first, field), getattr(config, field))
-    check_shapes(tensors, adapters)
+    check_shapes(compared, adapters)
     check_finite(tensors, adapters)
+
+
+def _of_first_rank(model: AdaptedModel, adapter: str, tensors: AdapterTensors) -> AdapterTensors:
+    """An adapter's tensors, of LoRA's factors a row or column alone, whatever the rank."""
+    ranks = {"factor_a": 0, "factor_b": 1}
+    kinds = {key: slot.kind for key, slot in adapter_slots(model, adapter).items()}
+    return {
+        key: tensor.select(ranks[kinds[key]], 0) if kinds[key] in ranks else tensor for key, tensor in tensors.items()
+    }
 
 
 def check_finite(adapters: Sequence[AdapterTensors], names: Sequence[Union[str, int]]) -> None:
@@ -288,7 +305,7 @@ def _raise_differing(
     remedy = "give both the same"
     if field in ("r", "rank_pattern"):
         # Adapters that are trained cannot be given another.
-        remedy = "train both with the same, or merge LoRA by PEFT's own `add_weighted_adapter` ('cat' or 'svd')"
+        remedy = "train both with the same, or merge LoRA with weights of your own by 'cat', or by PEFT's own 'svd'"
     raise ValueError(
         f"Adapters {first!r} and {second!r} differ in {field} ({first_value!r} and {second_value!r}); {remedy}."
     )

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 
-from .adapters import AdaptedModel, Slot, adapter_layers, adapter_slots, adapter_tensors
+from .adapters import AdaptedModel, Slot, adapted_base, adapter_layers, adapter_slots, adapter_tensors
 from .state import random_state_kept, tuner_of
 
 
@@ -52,13 +52,13 @@ def _create_adapter(model: AdaptedModel, adapters: list[str], adapter_name: str,
                 container[adapter_name].train(layer.training)
 
 
-def create_concatenated(model: AdaptedModel, adapters: list[str], count: int, adapter_name: str) -> None:
+def create_concatenated(model: AdaptedModel, adapters: list[str], parts: list[str], adapter_name: str) -> None:
     """Adds an adapter with room for LoRA's factors of several side by side, and a scaling of 1.
 
     Args:
         model (`Union[PeftModel, BaseTuner]`): A model with adapters.
         adapters (`list[str]`): Names of the adapters that are merged.
-        count (`int`): Of how many of them there shall be room for the factors.
+        parts (`list[str]`): Those of them for whose factors there shall be room.
         adapter_name (`str`): Name of the new adapter, of which there is none yet.
 
     Raises:
@@ -83,10 +83,21 @@ def create_concatenated(model: AdaptedModel, adapters: list[str], count: int, ad
                 f"combination_type='cat' cannot place the factors of {name!r} side by side, a grouped convolution; "
                 "choose 'uniform'."
             )
-    ranks = {key: rank * count for key, rank in first.rank_pattern.items()}
-    rank = first.r * count
+    rank, ranks = _summed_ranks(model, parts)
     changes = {"r": rank, "rank_pattern": ranks, "lora_alpha": rank, "alpha_pattern": dict(ranks), "use_rslora": False}
     create_adapter(model, adapters, adapter_name, **changes)
+
+
+def _summed_ranks(model: AdaptedModel, parts: list[str]) -> tuple[int, dict[str, int]]:
+    """The ranks of LoRA adapters together: that of most layers, and those of others by pattern or name."""
+    configs = [tuner_of(model).peft_config[name] for name in parts]
+    rank, patterns = sum(config.r for config in configs), [config.rank_pattern for config in configs]
+    # The first pattern that a layer's name fits counts.
+    if all(list(pattern) == list(patterns[0]) for pattern in patterns):
+        return rank, {key: sum(pattern[key] for pattern in patterns) for key in patterns[0]}
+    layers = [(name, layer.r) for name, layer in adapter_layers(adapted_base(model)) if isinstance(layer, LoraLayer)]
+    sums = {name: sum(ranks[part] for part in parts) for name, ranks in layers if parts[0] in ranks}
+    return rank, {name: own for name, own in sums.items() if own != rank}
 
 
 def check_made(model: AdaptedModel, slots: Mapping[str, Slot], adapter_name: str) -> None:

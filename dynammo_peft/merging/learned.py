@@ -169,9 +169,10 @@ def _merged_adapter(
                 f"Adapter {name!r} has alora_invocation_tokens, which the base model's forward knows nothing of, so "
                 "that no weights can be learned through it; merge with weights of your own."
             )
+    # Also of adapters that "cat" takes with any weights: what is learned is of tensors of one shape.
+    check_mergeable(model, adapters, adapter_name)
     exists = adapter_name in model.peft_config
     if exists:
-        check_mergeable(model, adapters, adapter_name)
         check_fillable(model, adapters, adapter_name)
     else:
         merge_adapters(model, adapters, adapter_name=adapter_name, combination_type=combination_type)

@@ -47,8 +47,8 @@ def merge_adapters(
     adapter its own update with its weight, `w_i s_i B_i A_i`, and products of one adapter's factor with another's.
     That is no mean: of `T` equal adapters with weights of `1 / T` it is `T` times their update. `"uniform"` takes the
     mean of each factor, of equal adapters their update. The weighted sum of the updates alone is what `"cat"` gives,
-    as of `LoraModel`, at `T` times the rank. Where functions have a `base`, factors are moved from there on, each by
-    its weights as they are: of `T` equal adapters, with weights of `1 / T`, to where these are.
+    as of `LoraModel`, of any ranks, at the sum of these. Where functions have a `base`, factors are moved from there
+    on, each by its weights as they are: of `T` equal adapters, with weights of `1 / T`, to where these are.
 
     The new adapter has the first one's configuration and is frozen. It replaces an adapter of its name. What is
     active, trained and in training mode stays so. If anything fails, the model is as it was.
@@ -121,7 +121,8 @@ def _concatenate(
     function = COMBINATIONS["linear"]
     for name in options:
         raise ValueError(f"combination_type='cat' has no option {name!r}; it has none.")
-    check_mergeable(model, adapters, adapter_name)
+    # Learned weights are those of tensors of one shape.
+    check_mergeable(model, adapters, adapter_name, side_by_side=not isinstance(weights, MergeWeights))
     parts = adapters
     if isinstance(weights, MergeWeights):
         check_learned(weights, adapters, "cat")
@@ -131,7 +132,7 @@ def _concatenate(
         parts = [name for name, weight in zip(adapters, mixture.tolist()) if weight]
     slots, tensors = adapter_slots(model, adapters[0]), tensors_of_adapters(model, parts)
     with adapter_replaced(model, adapter_name, active_instead=adapters[0]), torch.no_grad():
-        create_concatenated(model, adapters, len(parts), adapter_name)
+        create_concatenated(model, adapters, parts, adapter_name)
         check_made(model, slots, adapter_name)
         scalings = scalings_over(model, slots, parts, adapter_name)
         if isinstance(weights, MergeWeights):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -53,7 +53,7 @@ class MergeableTuner(BaseTuner):
             ValueError: If an adapter does not exist, is named twice or is built differently from the first, or there
                 is an adapter of the new name already.
         """
-        self.check_mergeable(adapters, adapter_name)
+        self.check_mergeable(adapters, adapter_name, changes.keys())
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter {adapter_name!r} exists already; choose another adapter_name.")
         parts = self._merged_heads(adapters)
@@ -79,12 +79,15 @@ class MergeableTuner(BaseTuner):
         if self.head is not None:
             self.head.append_heads(merged, adapter, columns, tuple(len(head) for head in new))
 
-    def check_mergeable(self, adapters: list[str], adapter_name: Optional[str] = None) -> None:
+    def check_mergeable(
+        self, adapters: list[str], adapter_name: Optional[str] = None, ignored: Set[str] = frozenset()
+    ) -> None:
         """Raises a `ValueError` unless `create_merged_adapter` can make an adapter of others.
 
         Args:
             adapters (`list[str]`): Names of the adapters.
             adapter_name (`Optional[str]`): Name of the new adapter; `None` if none is made.
+            ignored (`Set[str]`): Fields in which they may differ all the same.
         """
         if not adapters:
             raise ValueError("No adapters to merge; name at least one.")
@@ -93,7 +96,7 @@ class MergeableTuner(BaseTuner):
         # Before the comparison of fields, of which some follow from having a head.
         if len({self.peft_config[name].classes is None for name in adapters if name in self.peft_config}) > 1:
             raise ValueError(f"Of adapters {', '.join(adapters)} only some have a head; give all of them `classes`.")
-        self._check_alike(adapters, HeadConfig.merge_fields)
+        self._check_alike(adapters, HeadConfig.merge_fields, ignored)
         twice = next((name for place, name in enumerate(adapters) if name in adapters[:place]), None)
         if twice is not None and self.peft_config[twice].classes is not None:
             raise ValueError(f"Adapter {twice!r} is named twice; name each adapter with a head once.")
@@ -128,7 +131,7 @@ class MergeableTuner(BaseTuner):
         config = self.peft_config[first]
         return replace(config, classes=heads or None, inference_mode=True, merge_weights=None, **changes)
 
-    def _check_alike(self, adapters: list[str], further: Sequence[str] = ()) -> None:
+    def _check_alike(self, adapters: list[str], further: Sequence[str] = (), ignored: Set[str] = frozenset()) -> None:
         """Raises a `ValueError` unless all adapters exist and are built as the first, and alike in further fields."""
         for name in adapters:
             if name not in self.peft_config:
@@ -137,7 +140,7 @@ class MergeableTuner(BaseTuner):
         for name in adapters[1:]:
             config = self.peft_config[name]
             for field in (*first.build_fields, *further):
-                if getattr(config, field) != getattr(first, field):
+                if field not in ignored and getattr(config, field) != getattr(first, field):
                     raise ValueError(
                         f"Adapters {adapters[0]!r} and {name!r} differ in {field} ({getattr(first, field)!r} and "
                         f"{getattr(config, field)!r}); give both the same."
