@@ -89,12 +89,8 @@ def create_concatenated(model: AdaptedModel, adapters: list[str], parts: list[st
 
 
 def _summed_ranks(model: AdaptedModel, parts: list[str]) -> tuple[int, dict[str, int]]:
-    """The ranks of LoRA adapters together: that of most layers, and those of others by pattern or name."""
-    configs = [tuner_of(model).peft_config[name] for name in parts]
-    rank, patterns = sum(config.r for config in configs), [config.rank_pattern for config in configs]
-    # The first pattern that a layer's name fits counts.
-    if all(list(pattern) == list(patterns[0]) for pattern in patterns):
-        return rank, {key: sum(pattern[key] for pattern in patterns) for key in patterns[0]}
+    """The ranks of LoRA adapters together, and by name those of layers where patterns make it another."""
+    rank = sum(tuner_of(model).peft_config[name].r for name in parts)
     layers = [(name, layer.r) for name, layer in adapter_layers(adapted_base(model)) if isinstance(layer, LoraLayer)]
     sums = {name: sum(ranks[part] for part in parts) for name, ranks in layers if parts[0] in ranks}
     return rank, {name: own for name, own in sums.items() if own != rank}
